@@ -1,0 +1,285 @@
+"""What accumulates into evidence: statistics gathered while calibration text passes through one block.
+
+Every statistic is a sum (or a maximum) over tokens: per-batch results are added in fp64, so that the text can
+be split over processes and all-reduced, and two processes see what one would up to rounding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+
+class Probe(ABC):
+    """One statistic. ``kind`` says what it listens to:
+
+    - ``input``: the input x [tokens, in] of a matrix (``update(x, gate)``; ``gate`` [tokens] is the router's
+      weight of each token for experts' matrices, None elsewhere);
+    - ``weighted``: the same, and the matrix itself is handed over (``update(x, gate, weight)``);
+    - ``positions``: the input with its positions, x [batch, length, in] (experts: [1, tokens, in]);
+    - ``block``: the hidden states before and after the block (``update(before, after)`` [tokens, hidden]);
+    - ``router``: router weights [tokens, experts], zero where not routed;
+    - ``gradient``: the gradient of the loss on one batch (``update(grad, weight)``, stored shape [out, in]).
+    """
+
+    kind: ClassVar[Literal["input", "weighted", "positions", "block", "router", "gradient"]]
+    reduce: ClassVar[Literal["sum", "max"]] = "sum"
+    sums: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        self.sums = {}
+
+    @abstractmethod
+    def update(self, *args: Tensor | None) -> None:
+        """Add one batch."""
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a batch's sum, in fp64."""
+        value = value.double()
+        if name not in self.sums:
+            self.sums[name] = value.clone()
+        elif self.reduce == "max":
+            torch.maximum(self.sums[name], value, out=self.sums[name])
+        else:
+            self.sums[name] += value
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        """Memory of the statistic for one [rows, columns] matrix and windows of ``length`` (for the dry run)."""
+        return 8 * columns
+
+
+P = TypeVar("P", bound=Probe)
+
+
+class Evidence(Mapping[type[Probe], Probe]):
+    """The statistics of one site, by probe class."""
+
+    def __init__(self, site: str, probes: Mapping[type[Probe], Probe] | None = None) -> None:
+        self.site, self._probes = site, dict(probes or {})
+
+    def __getitem__(self, probe: type[P]) -> P:  # type: ignore[override]
+        if probe not in self._probes:
+            raise SecateurError(
+                f"no {probe.__name__} evidence was gathered at {self.site}",
+                works=f"list {probe.__name__} in the method's `needs`",
+            )
+        return self._probes[probe]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[type[Probe]]:
+        return iter(self._probes)
+
+    def __len__(self) -> int:
+        return len(self._probes)
+
+
+class InputNorm(Probe):
+    """Root of the sum of squares of each input channel: ``norm`` [in]; router-weighted where a gate is given."""
+
+    kind = "input"
+
+    def update(self, x: Tensor, gate: Tensor | None = None) -> None:
+        x = x.float()
+        if gate is not None:
+            x = x * gate.float().unsqueeze(-1)
+        self.add("square", (x * x).sum(0))
+
+    @property
+    def norm(self) -> Tensor:
+        """sqrt(sum over tokens of x^2), fp32 [in]."""
+        return self.sums["square"].sqrt().float()
+
+
+class InputMoments(Probe):
+    """Mean and variance of each input channel."""
+
+    kind = "input"
+
+    def update(self, x: Tensor, gate: Tensor | None = None) -> None:
+        x = x.double()
+        self.add("count", torch.tensor(float(len(x)), device=x.device))
+        self.add("sum", x.sum(0))
+        self.add("square", (x * x).sum(0))
+
+    @property
+    def mean(self) -> Tensor:
+        """fp32 [in]."""
+        return (self.sums["sum"] / self.sums["count"].clamp_min(1)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance, fp32 [in]."""
+        n = self.sums["count"].clamp_min(1)
+        return (self.sums["square"] / n - (self.sums["sum"] / n) ** 2).clamp_min(0).float()
+
+
+class Gram(Probe):
+    """X^T X of the inputs: ``gram`` [in, in]. Only the upper block triangle is multiplied out."""
+
+    kind = "input"
+    tile: ClassVar[int] = 384
+
+    def update(self, x: Tensor, gate: Tensor | None = None) -> None:
+        x = x.float()
+        n = x.shape[-1]
+        if "gram" not in self.sums:
+            self.sums["gram"] = torch.zeros(n, n, dtype=torch.float64, device=x.device)
+            self.sums["count"] = torch.zeros((), dtype=torch.float64, device=x.device)
+        total = self.sums["gram"]
+        for at in range(0, n, self.tile):
+            end = min(at + self.tile, n)
+            total[at:end, at:] += x[:, at:end].T @ x[:, at:]
+        self.sums["count"] += len(x)
+
+    @property
+    def gram(self) -> Tensor:
+        """Sum over tokens of x x^T, fp32 [in, in], symmetric."""
+        upper = self.sums["gram"].triu()
+        return (upper + upper.triu(1).T).float()
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        return 8 * columns * columns
+
+
+class AbsMax(Probe):
+    """Largest absolute value of each input channel: ``maximum`` [in]."""
+
+    kind = "input"
+    reduce = "max"
+
+    def update(self, x: Tensor, gate: Tensor | None = None) -> None:
+        if len(x):
+            self.add("maximum", x.abs().amax(0))
+
+    @property
+    def maximum(self) -> Tensor:
+        return self.sums["maximum"].float()
+
+
+class Quantiles(Probe):
+    """Histogram of |x| over all channels in logarithmic bins (16 a factor of two, 2^-32 to 2^32)."""
+
+    kind = "input"
+    per_octave: ClassVar[int] = 16
+
+    def update(self, x: Tensor, gate: Tensor | None = None) -> None:
+        bins = ((x.abs().float().clamp(2.0**-32, 2.0**32).log2() + 32) * self.per_octave).round().long()
+        self.add("histogram", torch.bincount(bins.reshape(-1), minlength=64 * self.per_octave + 1))
+
+    def quantile(self, q: float) -> float:
+        """The value that a share ``q`` of all |x| lies below, to within 1/16 of an octave (4.4 %)."""
+        total = self.sums["histogram"].cumsum(0)
+        at = int(torch.searchsorted(total, q * total[-1]))
+        return 2.0 ** (min(at, 64 * self.per_octave) / self.per_octave - 32)
+
+
+class Contribution(Probe):
+    """Mean share of |x_j w_ij| in its output's sum of contributions: ``share`` [out, in] (M14)."""
+
+    kind = "weighted"
+
+    def update(self, x: Tensor, gate: Tensor | None, weight: Tensor) -> None:
+        a, w = x.float().abs(), weight.float().abs()
+        total = a @ w.T  # [tokens, out]
+        inverse = torch.where(total > 0, 1 / total, torch.zeros_like(total))
+        self.add("share", w * (inverse.T @ a))
+        self.add("count", torch.tensor(float(len(x)), device=x.device))
+
+    @property
+    def share(self) -> Tensor:
+        return (self.sums["share"] / self.sums["count"].clamp_min(1)).float()
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        return 8 * rows * columns
+
+
+class PositionSquares(Probe):
+    """Sum over windows of x^2 at each position: ``square`` [length, in] (Minitron's L2 over the batch)."""
+
+    kind = "positions"
+
+    def update(self, x: Tensor) -> None:
+        x = x.float()
+        self.add("square", (x * x).sum(0))
+
+    @property
+    def square(self) -> Tensor:
+        return self.sums["square"].float()
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        return 8 * columns * length
+
+
+class Cosine(Probe):
+    """Mean cosine of a block's input and output hidden states (block influence is 1 - that)."""
+
+    kind = "block"
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        cos = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.add("cosine", cos.double().sum())
+        self.add("count", torch.tensor(float(cos.numel()), device=cos.device))
+
+    @property
+    def cosine(self) -> float:
+        return float(self.sums["cosine"] / self.sums["count"])
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        return 16
+
+
+class BlockOutput(Probe):
+    """Sum over windows of the squared norm of what a block adds to the residual stream, per token."""
+
+    kind = "block"
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        self.add("norm", (after.float() - before.float()).norm(dim=-1).double().sum())
+        self.add("count", torch.tensor(float(before[..., 0].numel()), device=before.device))
+
+    @property
+    def mean_norm(self) -> float:
+        return float(self.sums["norm"] / self.sums["count"])
+
+
+class RouterMass(Probe):
+    """Sum of the router's weights given to each expert, and how often it was chosen: [experts]."""
+
+    kind = "router"
+
+    def update(self, weights: Tensor) -> None:
+        self.add("mass", weights.float().sum(0))
+        self.add("chosen", (weights > 0).double().sum(0))
+
+    @property
+    def mass(self) -> Tensor:
+        return self.sums["mass"].float()
+
+
+class Gradient(Probe):
+    """Sum over batches of the loss gradient: ``gradient`` [out, in], and of its square."""
+
+    kind = "gradient"
+
+    def update(self, grad: Tensor, weight: Tensor) -> None:
+        self.add("gradient", grad)
+        self.add("batches", torch.tensor(1.0, device=grad.device))
+
+    @property
+    def gradient(self) -> Tensor:
+        """Mean gradient over batches, fp32 [out, in]."""
+        return (self.sums["gradient"] / self.sums["batches"]).float()
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        return 8 * rows * columns

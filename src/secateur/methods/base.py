@@ -1,0 +1,177 @@
+"""Method, Score, UnitScore, Budget: the base classes of everything that decides what stays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.anatomy.types import Component, Reduce, Role, Space
+from secateur.engine.probes import Evidence, Probe
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much stays: a share (exact decimal, 0 to 1) or a count per site. Exactly one is set."""
+
+    share: Decimal | None = None
+    count: int | None = None
+
+    def of(self, n: int) -> int:
+        """Units kept of ``n``: the count, or ``n * share`` rounded half up in exact decimal arithmetic."""
+        if self.count is not None:
+            return self.count
+        assert self.share is not None
+        return int((n * self.share).to_integral_value(rounding=ROUND_HALF_UP))
+
+
+@dataclass
+class MatrixSite:
+    """One matrix as a method sees it.
+
+    Attributes:
+        name: full tensor name in memory, ``[e]`` appended for expert e.
+        weight: fp32 [out, in], a copy the method may read; a joint method returns a new one.
+        component: ``attention`` or ``ffn``.
+        block, blocks: its block's index, and how many there are.
+        generator: seeded from the recipe's seed and the site's name (for ``random``).
+    """
+
+    name: str
+    weight: Tensor
+    component: Component
+    block: int
+    blocks: int
+    generator: torch.Generator
+
+
+@dataclass
+class UnitSite:
+    """One space of one block as a method sees it.
+
+    Attributes:
+        name: the block's name (``model.layers.3``).
+        space: the space (for ``layer``: a space of size 1 whose ports are empty).
+        tensors: fp32 copies of the tensors the ports touch (for ``layer``: of every matrix), stored shape.
+        matrices: per 2-D/3-D tensor, its matrix sites (several for a stack of experts), in order.
+        evidence: per matrix-site name, what probes gathered.
+        block_evidence: what probes of the whole block gathered (cosine, router mass).
+        transposed: tensors stored [in, out].
+    """
+
+    name: str
+    space: Space
+    tensors: Mapping[str, Tensor]
+    matrices: Mapping[str, Sequence[MatrixSite]]
+    evidence: Mapping[str, Evidence]
+    block_evidence: Evidence
+    transposed: frozenset[str]
+    block: int
+    blocks: int
+    generator: torch.Generator
+
+
+class Score(ABC):
+    """Elementwise importance; higher means keep. Nine papers in ten need only this.
+
+    Attributes:
+        needs: probes whose statistics ``score`` reads.
+        reduce, roles: how the score folds onto units (activation-made scores over ``read`` ports only).
+    """
+
+    needs: ClassVar[tuple[type[Probe], ...]] = ()
+    reduce: ClassVar[Reduce] = "sum"
+    roles: ClassVar[tuple[Role, ...]] = ("write", "read")
+
+    @abstractmethod
+    def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
+        """Importance of every weight: fp32 [out, in]."""
+
+    def units(self, site: UnitSite) -> Tensor:
+        """Importance of every unit of a space (``site.space.shape``), by folding the elementwise scores."""
+        folded: dict[str, Tensor] = {}
+        for tensor, matrices in site.matrices.items():
+            parts = [self.score(m, site.evidence[m.name]) for m in matrices]
+            if tensor in site.transposed:
+                parts = [p.T for p in parts]
+            folded[tensor] = torch.stack(parts) if site.tensors[tensor].dim() == 3 else parts[0]
+        if not site.space.ports:  # a whole layer: everything in it
+            total = torch.stack([s.double().sum() for s in folded.values()]).sum()
+            return (total.abs() if self.reduce == "abs_sum" else total).reshape(1).float()
+        return site.space.fold(folded, self.reduce, self.roles)
+
+
+class UnitScore(ABC):
+    """Importance of whole units, ranked directly (block influence, activation norm)."""
+
+    needs: ClassVar[tuple[type[Probe], ...]] = ()
+    spaces: ClassVar[tuple[str, ...]] = ()  # empty: any space
+
+    @abstractmethod
+    def units(self, site: UnitSite) -> Tensor:
+        """Importance of every unit: fp32 of ``site.space.shape``; higher means keep."""
+
+
+@dataclass
+class Keep:
+    """A decision for one site: booleans (True is kept) and, from joint methods, the survivors' new values."""
+
+    mask: Tensor
+    weight: Tensor | None = None
+
+
+class Method(ABC):
+    """Chooses and may change weights in one sweep over a matrix."""
+
+    needs: ClassVar[tuple[type[Probe], ...]] = ()
+
+    @abstractmethod
+    def prune(self, site: MatrixSite, evidence: Evidence, count: int) -> Keep:
+        """Keep exactly ``count`` grain units of the matrix (elements, tiles; n:m fixes its own count)."""
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """What a budget knows of a site before weights are read.
+
+    Attributes:
+        name, kind: full name; the name without block index (its class in M4's sense is the site itself).
+        component: ``attention`` | ``ffn`` | ``other``.
+        units: number of grain units that compete (elements, tiles, space units over all copies).
+        cost: parameters per unit.
+        groups: counts must be a multiple of this (rows for the row grain, copies for a copied space).
+    """
+
+    name: str
+    kind: str
+    component: Component
+    block: int
+    blocks: int
+    units: int
+    cost: float = 1.0
+    groups: int = 1
+    minimum: int = 0
+
+
+class Budget(ABC):
+    """How many units stay at each site.
+
+    A budget that ``surveys`` sees every site's scores on the dense model first (`observe` returns a small
+    summary, never the scores), and then allots counts that add up to the same total as uniform would.
+    """
+
+    surveys: ClassVar[bool] = False
+    ranking: ClassVar[type[Score] | None] = None  # score to survey by; None: the step's own
+
+    def observe(self, site: SiteInfo, scores: Tensor) -> Any:
+        """A small summary of one site's scores."""
+        return None
+
+    @abstractmethod
+    def allot(self, sites: Sequence[SiteInfo], keep: Amount, seen: Mapping[str, Any]) -> dict[str, int]:
+        """Grain units kept per site name; totals are exact."""
