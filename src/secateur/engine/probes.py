@@ -155,8 +155,7 @@ class AbsMax(Probe):
     reduce = "max"
 
     def update(self, x: Tensor, gate: Tensor | None = None) -> None:
-        if len(x):
-            self.add("maximum", x.abs().amax(0))
+        self.add("maximum", x.abs().amax(0) if len(x) else x.new_zeros(x.shape[-1]))
 
     @property
     def maximum(self) -> Tensor:
@@ -206,7 +205,7 @@ class PositionSquares(Probe):
 
     kind = "positions"
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor) -> None:  # type: ignore[override]
         x = x.float()
         self.add("square", (x * x).sum(0))
 
@@ -267,7 +266,7 @@ class RouterMass(Probe):
 
 
 class Gradient(Probe):
-    """Sum over batches of the loss gradient: ``gradient`` [out, in], and of its square."""
+    """Sum over batches of the language-model loss's gradient: ``gradient`` [out, in]. Needs the whole model."""
 
     kind = "gradient"
 
@@ -283,3 +282,8 @@ class Gradient(Probe):
     @classmethod
     def bytes(cls, rows: int, columns: int, length: int) -> int:
         return 8 * rows * columns
+
+
+class LocalGradient(Gradient):
+    """Gradient of the L2 norm of the block's own output, so that nothing but the block is needed (the regional
+    gradient of Wanda++, arXiv 2503.04992, section 3.2; from the abstract and our reading, not their code)."""

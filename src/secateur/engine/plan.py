@@ -1,0 +1,183 @@
+"""Plan: what stays, as data. Booleans per site, one bit each, True means kept.
+
+Keys are ``step/space/site``: ``0/ffn/model.layers.3`` for units (``[size]``, or ``[copies, size]``),
+``0/weight/model.layers.3.mlp.up_proj.weight`` for weights (the tensor's stored shape), ``0/layer/model`` for
+layers. On disk a plan is one safetensors file of packed bits (least significant bit first) whose header
+gives the shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.errors import SecateurError
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Packed booleans: ``packed`` uint8 [ceil(n/8)], and the shape they unfold to."""
+
+    packed: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Bits:
+        flat = np.packbits(mask.detach().cpu().reshape(-1).numpy(), bitorder="little")
+        return cls(torch.from_numpy(flat), tuple(mask.shape))
+
+    @property
+    def size(self) -> int:
+        """Number of booleans."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def mask(self) -> Tensor:
+        """The booleans, unpacked."""
+        flat = np.unpackbits(self.packed.numpy(), count=self.size, bitorder="little")
+        return torch.from_numpy(flat.view(np.bool_)).reshape(self.shape)
+
+    def kept(self) -> int:
+        """How many are True (padding bits are zero)."""
+        return int(np.bitwise_count(self.packed.numpy()).sum(dtype=np.int64))
+
+
+class Plan(Mapping[str, Tensor]):
+    """What stays at each site. Reading a key unpacks it; nothing else is ever held unpacked."""
+
+    def __init__(self, masks: Mapping[str, Tensor | Bits] | None = None) -> None:
+        self._bits: dict[str, Bits] = {}
+        for key, mask in (masks or {}).items():
+            self[key] = mask
+
+    def __setitem__(self, key: str, mask: Tensor | Bits) -> None:
+        if key.count("/") < 2:
+            raise SecateurError("a plan's keys are step/space/site", received=key)
+        if not isinstance(mask, Bits):
+            if mask.dtype != torch.bool:
+                raise SecateurError(f"a plan holds booleans at {key!r}", received=str(mask.dtype))
+            mask = Bits.of(mask)
+        self._bits[key] = mask
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._bits[key].mask()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def bits(self, key: str) -> Bits:
+        """The packed booleans of one site."""
+        return self._bits[key]
+
+    def kept(self, key: str) -> int:
+        """Exact number of units (or weights) that stay at a site."""
+        return self._bits[key].kept()
+
+    def total(self, key: str) -> int:
+        """Number of units (or weights) at a site."""
+        return self._bits[key].size
+
+    def step(self, number: int) -> Plan:
+        """The sites of one step."""
+        return Plan({k: b for k, b in self._bits.items() if k.split("/", 1)[0] == str(number)})
+
+    def _with(self, other: Plan, combine: Callable[[Tensor, Tensor], Tensor]) -> Plan:
+        if self.keys() != other.keys():
+            odd = sorted(self.keys() ^ other.keys())[0]
+            raise SecateurError("two plans of different sites cannot be combined", received=f"only one has {odd!r}")
+        out = Plan()
+        for key, mine in self._bits.items():
+            theirs = other._bits[key]
+            if mine.shape != theirs.shape:
+                raise SecateurError(
+                    f"two plans differ in shape at {key!r}", received=f"{mine.shape} and {theirs.shape}"
+                )
+            out._bits[key] = Bits(combine(mine.packed, theirs.packed), mine.shape)
+        return out
+
+    def __and__(self, other: Plan) -> Plan:
+        """Kept by both."""
+        return self._with(other, torch.bitwise_and)
+
+    def __or__(self, other: Plan) -> Plan:
+        """Kept by either."""
+        return self._with(other, torch.bitwise_or)
+
+    def __sub__(self, other: Plan) -> Plan:
+        """Kept here and not there."""
+        return self._with(other, lambda a, b: torch.bitwise_and(a, torch.bitwise_not(b)))
+
+    def __xor__(self, other: Plan) -> Plan:
+        """Where the two differ."""
+        return self._with(other, torch.bitwise_xor)
+
+    def diff(self, other: Plan) -> dict[str, int]:
+        """Number of differing booleans per site, where any differ."""
+        both = self ^ other
+        return {k: n for k in both if (n := both.kept(k))}
+
+    def save(self, path: Path) -> None:
+        """Write atomically. Same plan, same bytes."""
+        shapes = {k: list(b.shape) for k, b in sorted(self._bits.items())}
+        header = {"secateur": json.dumps({"plan": 1, "shapes": shapes}, sort_keys=True)}
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            save_file({k: self._bits[k].packed for k in sorted(self._bits)}, temporary, metadata=header)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as e:
+            temporary.unlink(missing_ok=True)
+            raise SecateurError(f"the plan could not be written: {e}", received=str(path)) from e
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            SecateurError: no such file, not a plan, or bits that do not match their shape.
+        """
+        if not path.is_file():
+            raise SecateurError("there is no such plan file", received=str(path))
+        plan = cls()
+        try:
+            with safe_open(path, framework="pt") as f:
+                meta = json.loads((f.metadata() or {}).get("secateur", "null"))
+                if not isinstance(meta, dict) or meta.get("plan") != 1 or not isinstance(meta.get("shapes"), dict):
+                    raise SecateurError(
+                        "this safetensors file is not a plan", received=str(path), works="give a plan.safetensors"
+                    )
+                if set(f.keys()) != set(meta["shapes"]):
+                    raise SecateurError("the plan's header does not list the sites it holds", received=str(path))
+                for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    shape = tuple(int(n) for n in meta["shapes"][key])
+                    bits = Bits(f.get_tensor(key), shape)
+                    spare = -bits.size % 8
+                    if (
+                        bits.packed.dtype != torch.uint8
+                        or min(shape, default=1) < 0
+                        or bits.packed.numel() != (bits.size + 7) // 8
+                        or (spare and int(bits.packed[-1]) >> (8 - spare))
+                    ):
+                        raise SecateurError(f"the plan's bits at {key!r} do not fit its shape", received=list(shape))
+                    plan[key] = bits
+        except (SafetensorError, ValueError, TypeError, OSError) as e:
+            raise SecateurError(f"the plan file cannot be read: {e}", received=str(path)) from e
+        return plan
+
+    @classmethod
+    def merged(cls, plans: Iterable[Plan]) -> Plan:
+        """One plan of the sites of several."""
+        out = cls()
+        for plan in plans:
+            out._bits.update(plan._bits)
+        return out
