@@ -1,0 +1,176 @@
+"""What a model weighs: parameters, non-zeros, bytes, multiply-accumulates, KV cache.
+
+MACs are those of decoding one token with ``context`` tokens in the cache, head included:
+
+    every linear layer         out x in
+    experts                    top_k / experts of their weights (routers in full)
+    attention, per layer       query heads x (key width + value width) x min(context, window)
+
+Attention and cache are read off one tiny forward pass rather than the config, so models that were cut raggedly
+are counted as they are. Normalisations, activations and rotary embeddings are not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.measure.types import Size
+
+PROBE = 7  # tokens of the tiny forward pass; a length that is no usual head width
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
+WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+
+
+def size(model: nn.Module, path: Path | None = None, context: int = 1024) -> Size:
+    """Weigh a model as it is in memory, and its files if it has any.
+
+    Args:
+        model: a Transformers model; on the meta device non-zeros are taken to be all parameters.
+        path: its checkpoint directory or file; None takes the bytes of the state in memory.
+        context: tokens in the cache when MACs are counted.
+    """
+    parameters = list(model.parameters())  # tied tensors come once
+    seen = observe(model)
+    attention = sum(a.macs(context) for a in seen.attention) if seen.attention else _configured(model, context)
+    return Size(
+        parameters=sum(p.numel() for p in parameters),
+        nonzero=sum(p.numel() if p.is_meta else int(torch.count_nonzero(p)) for p in parameters),
+        bytes=stored_bytes(model, path),
+        macs_per_token=linear_macs(model) + attention,
+        kv_bytes_per_token=seen.kv_bytes,
+        context=context,
+        dtype=str(parameters[0].dtype).removeprefix("torch."),
+    )
+
+
+def stored_bytes(model: nn.Module, path: Path | None) -> int:
+    """Bytes of the weight files under ``path`` (or of that file), or of the parameters and saved buffers."""
+    if path is not None and path.is_file():
+        return path.stat().st_size
+    if path is not None:
+        files = [f for f in path.iterdir() if f.suffix in WEIGHT_FILES and f.name != "plan.safetensors"]
+        if files:
+            return sum(f.stat().st_size for f in files)
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def linear_macs(model: nn.Module) -> int:
+    """MACs per token of every matrix a token meets: linear layers, routers, and the chosen experts.
+
+    A tied head counts (it multiplies), an embedding does not (it is looked up).
+    """
+    config = _text_config(model)
+    top_k = next((int(k) for name in TOP_K if isinstance(k := getattr(config, name, None), int)), None)
+    total = 0
+    pools: dict[str, list[int]] = {}  # experts held as separate modules: weights of each pool, by expert
+    for name, module in model.named_modules():
+        pool = re.match(r"(.*\bexperts)\.(\d+)\.", name + ".")
+        for key, weight in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                macs = weight.numel() if key == "weight" else 0
+            elif weight.dim() == 3 and not isinstance(module, nn.Conv1d):
+                macs = weight.numel() * min(top_k or weight.shape[0], weight.shape[0]) // weight.shape[0]
+            else:
+                macs = weight.numel() if weight.dim() == 2 and re.search("Router|Gate", type(module).__name__) else 0
+            if pool and macs:
+                members = pools.setdefault(pool[1], [])
+                members += [0] * (int(pool[2]) + 1 - len(members))
+                members[int(pool[2])] += macs
+            else:
+                total += macs
+    return total + sum(sum(m) * min(top_k or len(m), len(m)) // len(m) for m in pools.values())
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One attention: MACs per token and per cached token, and how many tokens it sees at most."""
+
+    per_cached_token: int
+    window: int | None = None
+
+    def macs(self, context: int) -> int:
+        return self.per_cached_token * min(context, self.window or context)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a tiny forward pass showed: attentions in order, and bytes one more token takes in the cache."""
+
+    attention: tuple[Attended, ...]
+    kv_bytes: int
+
+
+@torch.inference_mode()
+def observe(model: nn.Module) -> Observed:
+    """Run a few tokens and look at the attention products and the cache.
+
+    Models whose forward pass cannot run here (some experts on the meta device) show nothing.
+    """
+    device = next(model.parameters()).device
+    watch = _Products()
+    training = model.training
+    model.eval()
+    try:
+        with watch:
+            out: Any = model(input_ids=torch.zeros(1, PROBE, dtype=torch.long, device=device), use_cache=True)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return Observed((), 0)
+    finally:
+        model.train(training)
+    layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
+    layers = [x for x in layers if isinstance(getattr(x, "keys", None), Tensor)]
+    kv = sum(x.keys.numel() * x.keys.element_size() + x.values.numel() * x.values.element_size() for x in layers)
+    windows = [getattr(x, "sliding_window", None) for x in layers]
+    if len(windows) != len(watch.per_layer):
+        windows = [None] * len(watch.per_layer)
+    attention = tuple(Attended(n, w) for n, w in zip(watch.per_layer, windows, strict=True))
+    return Observed(attention, kv // PROBE)
+
+
+class _Products(TorchFunctionMode):
+    """Notes the products of activations with activations: scaled_dot_product_attention, or its two matmuls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.per_layer: list[int] = []
+        self._half: int | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q, _, v = (args[i] if i < len(args) else kwargs[key] for i, key in enumerate(("query", "key", "value")))
+            self.per_layer.append(q.shape[1] * (q.shape[-1] + v.shape[-1]))
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[0].dim() == args[1].dim() == 4:
+            (a, b), heads = (args[0].shape, args[1].shape), args[0].shape[1]
+            if a[-2] == PROBE and b[-1] == PROBE:  # queries times keys
+                self._half = heads * a[-1]
+            elif a[-2] == a[-1] == PROBE and self._half is not None:  # probabilities times values
+                self.per_layer.append(self._half + heads * b[-1])
+                self._half = None
+        return func(*args, **kwargs)
+
+
+def _configured(model: nn.Module, context: int) -> int:
+    """Attention MACs from the config, where no forward pass could be watched."""
+    config = _text_config(model)
+    heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
+    if not heads or not isinstance(heads, int):
+        return 0
+    width = getattr(config, "head_dim", None) or hidden // heads
+    return 2 * heads * width * context * getattr(config, "num_hidden_layers", 0)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
