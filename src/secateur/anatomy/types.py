@@ -53,6 +53,7 @@ class ConfigRule:
 
     per_unit: int = 1
     keep_list: bool = False
+    fixed: int | None = None  # a field that must be written out as it is (``head_dim``), whatever is kept
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class TensorInfo:
     """A parameter of a skeleton: shape, and what kind of module owns it."""
 
     shape: tuple[int, ...]
-    kind: Literal["linear", "conv1d", "norm", "embedding", "parameter"]
+    kind: Literal["linear", "conv1d", "norm", "embedding", "parameter", "buffer"]
     owner: str  # class name of the owning module
 
 
@@ -233,12 +234,13 @@ class Skeleton:
         family: Transformers' ``model_type``.
         config: the (text) config as plain data.
         path: module path of the list of blocks.
-        blocks: per block, parameter name (relative) to info. Buffers are left out.
+        blocks: per block, tensor name (relative) to info: parameters, and buffers (kind ``buffer``).
         attributes: per block, dotted integer attributes of its modules (``self_attn.num_heads`` to 12).
         modules: per block, module name (relative) to class name.
         tp_plan, pp_plan: Transformers' tensor and pipeline parallel plans of the base model (may be empty).
         prefix: the base model's own path in front of ``layers`` (``model``), to match the plans.
         causal: True for decoders.
+        shared: tensors (relative names) that several blocks share.
     """
 
     family: str
@@ -251,3 +253,4 @@ class Skeleton:
     pp_plan: Mapping[str, object] = field(default_factory=dict)
     prefix: str = ""
     causal: bool = True
+    shared: tuple[str, ...] = ()

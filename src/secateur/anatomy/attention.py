@@ -1,0 +1,195 @@
+"""Attention as ports: separate or fused projections, grouped, multi-query or one KV head per query head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.anatomy.look import Look, Unfit
+from secateur.anatomy.types import ConfigRule, Port, Space
+
+HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "dim_per_head", "d_head", "dim_heads")
+QUERY_FIELDS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
+KV_FIELDS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads")
+HEAD_DIM_FIELDS = ("head_dim", "attention_head_dim", "attention_head_size")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Numbers of one attention: query heads, KV groups, and entries per head in query, key and value."""
+
+    queries: int
+    groups: int
+    query: int
+    key: int
+    value: int
+
+    @property
+    def per_group(self) -> int:
+        return self.queries // self.groups
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Names inside an attention module.
+
+    Attributes:
+        module: the attention module.
+        q, k, v, o: its projections. With ``fused`` the first names the fused one and k, v are not used.
+        fused: ``split`` (three matrices), ``parts`` (all queries, then keys, then values), or ``groups``
+            (for each KV group its queries, its key, its value: NeoX, BLOOM, Falcon).
+        head_dim: True if the config can say the head size, so that fewer heads have a word.
+        positional: the reason why heads are not interchangeable (ALiBi slopes), or "".
+        extra: tensors with one entry per query head (sinks), modules with an output per head entry (gates).
+    """
+
+    module: str = "self_attn"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    fused: str = "split"
+    head_dim: bool = True
+    positional: str = ""
+    norms: tuple[tuple[str, str], ...] = (
+        ("q_norm", "k_norm"),
+        ("q_layernorm", "k_layernorm"),
+        ("query_layernorm", "key_layernorm"),
+        ("q_ln", "k_ln"),
+    )
+    extra: tuple[str, ...] = ("sinks", "gate_proj", "g_proj")
+
+    def at(self, leaf: str) -> str:
+        return f"{self.module}.{leaf}" if self.module else leaf
+
+    def names(self) -> tuple[str, ...]:
+        """The matrices that must be there."""
+        leaves = (self.q, self.k, self.v, self.o) if self.fused == "split" else (self.q, self.o)
+        return tuple(self.at(n) for n in leaves)
+
+    def heads(self, look: Look) -> Heads:
+        """Count heads from the tensors' shapes and the head size, which no cut changes.
+
+        Raises:
+            Unfit: if the shapes are not whole numbers of heads.
+        """
+        size = look.attribute(self.module, HEAD_DIMS) or look.number(*HEAD_DIM_FIELDS)
+        if not size:
+            hidden, count = look.number("hidden_size", "n_embd", "d_model"), look.number(*QUERY_FIELDS)
+            if not hidden or not count:
+                raise Unfit("its head size is not known")
+            size = hidden // count
+        ins = look.ins(self.at(self.o))
+        if self.fused == "split":
+            groups = look.outs(self.at(self.k)) // size
+            value = look.outs(self.at(self.v)) // max(groups, 1)
+            queries = ins // max(value, 1)
+            query = look.outs(self.at(self.q)) // max(queries, 1)
+            sizes = (groups * size, groups * value, queries * value, queries * query)
+            found = (*(look.outs(self.at(n)) for n in (self.k, self.v)), ins, look.outs(self.at(self.q)))
+        else:
+            queries, value, query = ins // size, size, size
+            groups = (look.outs(self.at(self.q)) - ins) // (2 * size)
+            sizes = (queries * size, (queries + 2 * groups) * size)
+            found = (ins, look.outs(self.at(self.q)))
+        if sizes != found or min(groups, queries) < 1 or queries % groups:
+            raise Unfit(f"its shapes {list(found)} are not whole numbers of heads of {size}")
+        return Heads(queries, groups, query, size, value)
+
+    def spaces(self, look: Look) -> tuple[dict[str, Space], dict[str, str]]:
+        """The spaces of heads that this block has, and the reasons for those it has not."""
+        try:
+            if self.positional:
+                raise Unfit(self.positional)
+            h = self.heads(look)
+            group = self._kv_group(look, h)
+            head = self._head(look, h)
+        except Unfit as reason:
+            return {}, {"kv_group": str(reason), "head": str(reason)}
+        if h.groups == 1 and h.queries > 1:
+            return {"head": head}, {"kv_group": "all query heads share one KV head"}
+        return {"kv_group": group, "head": head}, {}
+
+    def _kv_group(self, look: Look, h: Heads) -> Space:
+        g = h.per_group
+        ports: tuple[Port, ...]
+        if self.fused == "split":
+            ports = (
+                *look.writes(self.at(self.q), g * h.query),
+                *look.writes(self.at(self.k), h.key),
+                *look.writes(self.at(self.v), h.value),
+            )
+        elif self.fused == "parts":
+            q, k = h.queries * h.query, h.groups * h.key
+            ports = (
+                *look.writes(self.at(self.q), g * h.query),
+                *look.writes(self.at(self.q), h.key, q),
+                *look.writes(self.at(self.q), h.value, q + k),
+            )
+        else:
+            ports = look.writes(self.at(self.q), (g + 2) * h.key)
+        ports += self._norms(look, h, keys=True) + self._extra(look, h, g)
+        ports += look.reads(self.at(self.o), g * h.value)
+        numbers = {n: (h.queries, g) for n in ("num_heads", "num_attention_heads", "n_heads", "n_head")}
+        numbers |= {n: (h.groups, 1) for n in ("num_key_value_heads", "num_kv_heads", "n_kv_heads")}
+        if g == 1:
+            numbers |= {n: (h.queries * h.query, h.query) for n in WIDTHS}
+        config: dict[str, ConfigRule] = {}
+        if self.head_dim:
+            config = look.field(QUERY_FIELDS, g) | look.field(KV_FIELDS) | self._fixed(look, h)
+        sizes = look.sizes(self.module, numbers)
+        return Space("kv_group", h.groups, ports, sizes=sizes, config=config)
+
+    def _head(self, look: Look, h: Heads) -> Space:
+        if h.per_group == 1:
+            group = self._kv_group(look, h)
+            return Space("head", h.queries, group.ports, sizes=group.sizes, config=group.config)
+        q = self.at(self.q)
+        stride = (h.per_group + 2) * h.key if self.fused == "groups" else h.per_group * h.query
+        ports = (
+            *look.writes(q, h.query, copy_stride=stride),
+            *self._norms(look, h, keys=False),
+            *self._extra(look, h, 1),
+            *look.reads(self.at(self.o), h.value, copy_stride=h.per_group * h.value),
+        )
+        numbers = {n: (h.queries, h.groups) for n in ("num_heads", "num_attention_heads", "n_heads", "n_head")}
+        numbers |= {n: (h.per_group, 1) for n in ("num_key_value_groups", "num_queries_per_kv")}
+        if h.groups == 1:  # multi-query: the fused rows of queries are what these widths count
+            numbers |= {n: (h.queries * h.query, h.query) for n in WIDTHS}
+        config = look.field(QUERY_FIELDS, h.groups) | self._fixed(look, h) if self.head_dim else {}
+        sizes = look.sizes(self.module, numbers)
+        return Space("head", h.per_group, ports, copies=h.groups, sizes=sizes, config=config)
+
+    def _norms(self, look: Look, h: Heads, *, keys: bool) -> tuple[Port, ...]:
+        ports: tuple[Port, ...] = ()
+        for q, k in self.norms:
+            width = h.query * (h.per_group if keys else 1)
+            found = look.norm(self.at(q), h.queries * h.query, h.queries, width)
+            if not keys and h.groups > 1:
+                found = tuple(
+                    Port(p.tensor, p.axis, p.role, p.width, copy_stride=h.per_group * p.width) for p in found
+                )
+            ports += found
+            if keys:
+                ports += look.norm(self.at(k), h.groups * h.key, h.groups, h.key)
+        return ports
+
+    def _extra(self, look: Look, h: Heads, per_unit: int) -> tuple[Port, ...]:
+        ports: tuple[Port, ...] = ()
+        per_copy = h.per_group if per_unit == 1 and h.groups > 1 else 0
+        for leaf in self.extra:
+            name = self.at(leaf)
+            if name in look.tensors and look.shape(name) == (h.queries,):
+                ports += (Port(name, 0, "write", per_unit, copy_stride=per_copy),)
+            elif look.has(name):
+                per_head = look.outs(name) // h.queries
+                if per_head * h.queries != look.outs(name):
+                    raise Unfit(f"{name} is not a whole number of heads")
+                ports += look.writes(name, per_unit * per_head, copy_stride=per_copy * per_head)
+        return ports
+
+    def _fixed(self, look: Look, h: Heads) -> dict[str, ConfigRule]:
+        name = next((n for n in HEAD_DIM_FIELDS if n in look.config), "head_dim")
+        return {name: ConfigRule(fixed=h.key)}
+
+
+WIDTHS = ("embed_dim", "split_size", "all_head_size", "inner_dim")

@@ -1,0 +1,140 @@
+"""A family's description, and the anatomy it gives for one skeleton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from secateur.anatomy.attention import Attention
+from secateur.anatomy.ffn import Experts, Ffn
+from secateur.anatomy.look import Look
+from secateur.anatomy.types import Anatomy, Block, Component, ConfigRule, Matrix, Skeleton, Space
+
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
+ROUTERS = ("gate", "router", "wg", "router_proj", "shared_expert_gate", "shared_experts_gate", "classifier")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the layers of a family are built. In each layer the first part that is present counts.
+
+    Attributes:
+        attention: descriptions of attention, tried in order.
+        ffn: descriptions of feed-forward parts and mixtures of experts, tried in order; a shared expert
+            beside a mixture is named in ``shared``.
+        shared: modules that write to the residual stream beside the mixture of experts.
+        layer: the reason why layers cannot be removed, or "".
+        note: what ``ffn`` does not cover.
+    """
+
+    attention: tuple[Attention, ...] = ()
+    ffn: tuple[Ffn | Experts, ...] = ()
+    shared: tuple[str, ...] = ()
+    layer: str = ""
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def build(family: Family, skeleton: Skeleton, origin: Literal["declared", "derived"]) -> Anatomy:
+    """The anatomy of a skeleton by its family's description. Sizes come from the tensors."""
+    blocks, refused, reason = [], dict(family.refused), family.layer
+    for index in range(len(skeleton.blocks)):
+        look = Look(skeleton.blocks[index], skeleton.attributes[index], skeleton.modules[index], skeleton.config)
+        spaces, outputs, why = _parts(family, look)
+        blocks.append(Block(f"{skeleton.path}.{index}", index, _matrices(family, look), spaces, outputs))
+        refused |= {k: v for k, v in why.items() if k not in refused}
+        if not outputs and not reason:
+            reason = "what this block adds to the residual stream is not known"
+    if skeleton.shared:
+        text = f"layers share parameters ({skeleton.shared[0]})"
+        refused |= {n: text for b in blocks for n in b.spaces}
+        blocks = [Block(b.name, b.index, b.matrices, {}, b.outputs) for b in blocks]
+        reason = reason or text
+    offered = {n for b in blocks for n in b.spaces}
+    refused = {k: v for k, v in refused.items() if k not in offered}
+    layer = None
+    if reason or len(blocks) < 2:
+        refused["layer"] = reason or "there is only one layer"
+        blocks = [Block(b.name, b.index, b.matrices, b.spaces) for b in blocks] if reason else blocks
+    else:
+        layer = Space("layer", len(blocks), (), config=_layer_config(skeleton))
+    return Anatomy(skeleton.family, origin, skeleton.path, tuple(blocks), layer, refused)
+
+
+def _parts(family: Family, look: Look) -> tuple[dict[str, Space], tuple[str, ...], dict[str, str]]:
+    """Spaces, outputs to the residual stream, and reasons for what is not offered, of one block."""
+    spaces: dict[str, Space] = {}
+    refused: dict[str, str] = {}
+    outputs: list[str] = []
+    sides = 0
+    for attention in family.attention:
+        if look.has(*attention.names()):
+            found, why = attention.spaces(look)
+            spaces |= found
+            refused |= why
+            outputs += look.outputs(attention.at(attention.o))
+            sides += 1
+            break
+    for part in family.ffn:
+        if isinstance(part, Experts):
+            if not part.present(look):
+                continue
+            found, why = part.spaces(look)
+            stem = f"{part.experts}.{part.down}"
+            outputs += [n for n in (stem, f"{stem}_bias") if n in look.tensors]
+        elif look.has(*part.names()):
+            found, why = part.spaces(look)
+            outputs += look.outputs(part.down)
+        else:
+            continue
+        spaces |= found
+        refused |= why
+        sides += 1
+        break
+    for module in family.shared:
+        if look.has(module):
+            outputs += [t for t in look.outputs(module) if t not in outputs]
+    return spaces, tuple(outputs) if sides == 2 else (), refused
+
+
+def _matrices(family: Family, look: Look) -> tuple[Matrix, ...]:
+    """Every matrix of a block that can be pruned element by element: all but routers."""
+    out = []
+    for name, info in look.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or info.kind not in ("linear", "conv1d") or len(info.shape) != 2:
+            continue
+        if module.rpartition(".")[2] in ROUTERS or module in _routers(family):
+            continue
+        turned = info.kind == "conv1d"
+        shape = (info.shape[1], info.shape[0]) if turned else (info.shape[0], info.shape[1])
+        out.append(Matrix(name, module, shape, turned, 0, _component(family, module)))
+    for part in family.ffn:
+        if isinstance(part, Experts) and part.present(look):
+            out += part.matrices(look)
+    return tuple(out)
+
+
+def _routers(family: Family) -> set[str]:
+    return {p.router for p in family.ffn if isinstance(p, Experts)}
+
+
+def _component(family: Family, module: str) -> Component:
+    for attention in family.attention:
+        if attention.module and module.startswith(attention.module + "."):
+            return "attention"
+    for part in family.ffn:
+        stems = [part.experts] if isinstance(part, Experts) else list(part.names())
+        parents = {s.rpartition(".")[0] or s for s in stems}
+        if any(module == s or (p and module.startswith(p + ".")) for s in stems for p in parents):
+            return "ffn"
+    return "ffn" if any(module.startswith(s.rpartition(".")[0]) for s in family.shared) else "other"
+
+
+def _layer_config(skeleton: Skeleton) -> dict[str, ConfigRule]:
+    """Fields that count layers, and lists with one entry per layer."""
+    count = len(skeleton.blocks)
+    rules = {n: ConfigRule() for n in LAYER_FIELDS if skeleton.config.get(n) == count}
+    for name, value in skeleton.config.items():
+        if isinstance(value, list) and len(value) == count and count > 1:
+            rules[name] = ConfigRule(keep_list=True)
+    return rules

@@ -1,0 +1,11 @@
+"""GPT-2: matrices stored [in, out], queries, keys and values side by side, biases everywhere."""
+
+from secateur.anatomy.attention import Attention
+from secateur.anatomy.family import Family
+from secateur.anatomy.ffn import Ffn
+
+GPT2 = Family(
+    (Attention("attn", q="c_attn", o="c_proj", fused="parts", head_dim=False),),
+    (Ffn(("mlp.c_fc",), "mlp.c_proj"),),
+)
+FAMILIES = {"gpt2": GPT2, "gpt-sw3": GPT2}

@@ -1,0 +1,160 @@
+"""From a config to a model without weights, and from such a model to plain data that anatomies are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+
+from secateur.anatomy.types import Skeleton, TensorInfo
+from secateur.errors import SecateurError
+
+ORDER = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
+IMPLEMENTATION = "eager"
+
+
+def skeleton_model(config: PreTrainedConfig) -> nn.Module:
+    """The model a config describes, on the meta device: shapes and code, no weights.
+
+    A config that names its class in ``architectures`` gets that class; otherwise causal, then masked language
+    model, then plain encoder.
+
+    Raises:
+        SecateurError: if Transformers cannot build it.
+    """
+    with torch.device("meta"):
+        return _build(config)
+
+
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    for auto in _autos(config):
+        if type(config) not in auto._model_mapping:
+            continue
+        try:
+            return auto.from_config(config)
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SecateurError(
+                f"Transformers cannot build a {config.model_type} model from this config: {first}",
+                received=type(config).__name__,
+                works="a config that the installed Transformers builds",
+            ) from error
+    raise SecateurError(
+        "Transformers has no language model for this kind of config",
+        received=config.model_type,
+        works="a causal language model, a masked language model or a plain encoder",
+    )
+
+
+def _autos(config: PreTrainedConfig) -> tuple[Any, ...]:
+    named = (config.architectures or [""])[0] or ""
+    if "MaskedLM" in named:
+        return (AutoModelForMaskedLM, AutoModel)
+    if named and "For" not in named and "LMHead" not in named:
+        return (AutoModel,)
+    return ORDER
+
+
+def describe_skeleton(model: nn.Module) -> Skeleton:
+    """What a model is made of, as plain data: the list of blocks, their tensors, modules and integer attributes.
+
+    Sizes come from the tensors themselves, so a model that was already cut is described as it is.
+
+    Raises:
+        SecateurError: if no list of blocks is found.
+    """
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    path = _blocks_path(model, text)
+    blocks = model.get_submodule(path)
+    prefix = path.rpartition(".")[0]
+    owners: dict[int, int] = {}
+    shared = set()
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                shared.add(name)
+    return Skeleton(
+        family=text.model_type or config.model_type,
+        config=_plain(text.to_dict()),
+        path=path,
+        blocks=tuple(_tensors(block) for block in blocks),
+        attributes=tuple(_attributes(block) for block in blocks),
+        modules=tuple({n: type(m).__name__ for n, m in block.named_modules() if n} for block in blocks),
+        tp_plan=dict(getattr(text, "base_model_tp_plan", None) or {}),
+        pp_plan=dict(getattr(text, "base_model_pp_plan", None) or {}),
+        prefix=prefix,
+        causal=_causal(model, text),
+        shared=tuple(sorted(shared)),
+    )
+
+
+def _causal(model: nn.Module, text: PreTrainedConfig) -> bool:
+    name = type(model).__name__
+    return ("CausalLM" in name or "LMHead" in name or name.endswith("ForConditionalGeneration")) and bool(
+        getattr(text, "is_decoder", True) or type(text) in AutoModelForCausalLM._model_mapping
+    )
+
+
+def _blocks_path(model: nn.Module, text: PreTrainedConfig) -> str:
+    """The outermost list of modules with most parameters whose length is the config's number of layers."""
+    found: dict[str, tuple[bool, int]] = {}
+    layers = getattr(text, "num_hidden_layers", None)
+    base = getattr(model, "base_model_prefix", "")
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer in found):
+            continue
+        if len(module) == 0 or not any(True for _ in module.parameters()):
+            continue
+        parameters = sum(p.numel() for p in module.parameters())
+        found[name] = (len(module) == layers, parameters)
+    if not found:
+        raise SecateurError(
+            "no list of blocks was found in this model",
+            received=type(model).__name__,
+            works=f"a model with its layers in one nn.ModuleList (as {base or 'model'}.layers)",
+        )
+    return max(found, key=lambda name: found[name])
+
+
+def _tensors(block: nn.Module) -> dict[str, TensorInfo]:
+    out = {}
+    for prefix, module in block.named_modules():
+        named = [*module.named_parameters(recurse=False)]
+        named += [(n, b) for n, b in module.named_buffers(recurse=False) if b is not None and b.dim()]
+        parameters = set(module._parameters)
+        for leaf, tensor in named:
+            kind = _kind(module) if leaf in parameters else "buffer"
+            out[f"{prefix}.{leaf}" if prefix else leaf] = TensorInfo(tuple(tensor.shape), kind, type(module).__name__)
+    return out
+
+
+def _kind(module: nn.Module) -> Any:
+    name = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if name == "Conv1D":
+        return "conv1d"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "norm" if "norm" in name.lower() else "parameter"
+
+
+def _attributes(block: nn.Module) -> dict[str, int]:
+    out = {}
+    for prefix, module in block.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_"):
+                out[f"{prefix}.{name}" if prefix else name] = value
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
