@@ -134,6 +134,13 @@ class Method(ABC):
     def prune(self, site: MatrixSite, evidence: Evidence, count: int) -> Keep:
         """Keep exactly ``count`` grain units of the matrix (elements, tiles; n:m fixes its own count)."""
 
+    def prune_many(
+        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], counts: Sequence[int]
+    ) -> list[Keep]:
+        """Several matrices of one block at once; methods that can share work between those that read the same
+        input override it. The result is what ``prune`` gives one by one."""
+        return [self.prune(s, e, c) for s, e, c in zip(sites, evidence, counts, strict=True)]
+
 
 @dataclass(frozen=True)
 class SiteInfo:

@@ -1,0 +1,197 @@
+"""SparseGPT: choose and repair column by column; what stays takes over the work of what went.
+
+    error saved by keeping w_ij:   w_ij^2 / [U]_jj^2          U upper, H^-1 = U^T U,  H = X^T X + damping
+    after removing w_ij:           w_i,j: -= w_ij / [U]_jj * [U]_j,j:
+
+Source: Frantar & Alistarh 2023, arXiv 2301.00774, equations 3-5 and algorithm 1 (mask by blocks of columns,
+n:m by groups of m).
+
+Deviations: counts are exact (the published code prunes one weight too many per block); damping is relative to
+the mean over inputs that ever fire, so the unit of X^T X does not matter; if H is still not positive
+definite, damping is raised tenfold a few times. U comes from one Cholesky factorisation of H taken from the last
+column backwards and one triangular inverse, instead of two factorisations and an inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from secateur.engine.probes import Evidence, Gram
+from secateur.errors import SecateurError
+from secateur.methods.base import Keep, MatrixSite, Method
+from secateur.methods.grains import Columns, Grain, Matrix, NofM
+from secateur.methods.top import top_rows
+
+LEAF = 32  # columns updated one by one; wider runs use matrix products
+TRIES = 6  # how often damping is raised tenfold
+
+Choose = Callable[[int, int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """Second-order pruning with weight update; grains ``columns:B``, ``matrix`` and ``n:m``.
+
+    Attributes:
+        grain: who competes; with ``columns:B`` the mask of each B columns is chosen when the sweep gets there.
+        damping: added to the diagonal of X^T X, as a share of its mean.
+    """
+
+    needs = (Gram,)
+    grain: Grain = field(default_factory=Columns)
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.grain, Columns | Matrix | NofM):
+            raise SecateurError(
+                "sparsegpt chooses by blocks of columns",
+                received=f"grain {self.grain}",
+                works="columns:128 (any width), matrix or n:m",
+            )
+        if not 0 <= self.damping < 1e6:
+            raise SecateurError("damping must not be negative", received=self.damping, works="damping: 0.01")
+
+    def prune(self, site: MatrixSite, evidence: Evidence, count: int) -> Keep:
+        return self.prune_many([site], [evidence], [count])[0]
+
+    def prune_many(
+        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], counts: Sequence[int]
+    ) -> list[Keep]:
+        """Matrices whose evidence is the same Gram matrix are factorised once and swept together."""
+        answers: dict[int, Keep] = {}
+        shared: dict[tuple[int, int], list[int]] = {}
+        for at, (site, seen, count) in enumerate(zip(sites, evidence, counts, strict=True)):
+            if count == site.weight.numel():
+                answers[at] = Keep(torch.ones_like(site.weight, dtype=torch.bool), site.weight)
+            else:
+                self.grain.check(tuple(site.weight.shape))
+                shared.setdefault((id(seen[Gram]), site.weight.shape[1]), []).append(at)
+        for members in shared.values():
+            group = [sites[at] for at in members]
+            kept = self._prune_group(group, evidence[members[0]][Gram].gram, [counts[at] for at in members])
+            answers.update(zip(members, kept, strict=True))
+        return [answers[at] for at in range(len(sites))]
+
+    def _prune_group(self, sites: Sequence[MatrixSite], gram: Tensor, counts: Sequence[int]) -> list[Keep]:
+        name = ", ".join(site.name for site in sites)
+        rows = [site.weight.shape[0] for site in sites]
+        weight = torch.cat([site.weight.float().T for site in sites], dim=1)  # [in, all rows]
+        if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+            raise SecateurError(f"{name}: weights are not finite", works="a checkpoint without NaN and Inf")
+        gram = gram.to(weight.device)
+        weight[gram.diagonal() <= 0] = 0  # inputs that never fire: their weights do nothing
+        factor = inverse_factor(gram, self.damping, name)
+        del gram
+        choose, width = self._chooser(rows, weight.shape[0], counts, factor.diagonal().clone())
+        keep = sweep(weight, factor, choose, width)
+        return [
+            Keep(k.T.contiguous(), w.T.contiguous())
+            for k, w in zip(keep.split(rows, dim=1), weight.split(rows, dim=1), strict=True)
+        ]
+
+    def _chooser(
+        self, rows: Sequence[int], columns: int, counts: Sequence[int], diagonal: Tensor
+    ) -> tuple[Choose, int]:
+        """What chooses the mask of columns a to b from their weights now, and how many columns at a time."""
+        grain = self.grain
+        if isinstance(grain, NofM):
+            for r, count in zip(rows, counts, strict=True):
+                if count != grain.groups((r, columns)) * grain.n:
+                    raise SecateurError(f"{grain} fixes how many stay", received=count, works="leave keep out")
+            return lambda a, b, w: grain.pick((w / diagonal[a:b, None]).square_().T).T, grain.m
+        blocks = grain if isinstance(grain, Columns) else Columns(columns)
+        places = [blocks.split((r, columns), count) for r, count in zip(rows, counts, strict=True)]
+
+        def choose(a: int, b: int, w: Tensor) -> Tensor:
+            saved = (w / diagonal[a:b, None]).square_()
+            parts = []
+            for part, seats in zip(saved.split(list(rows), dim=1), places, strict=True):
+                flat = part.T.reshape(1, -1)  # row by row, so that ties fall to the lowest row
+                best = top_rows(flat, seats[a // blocks.width])
+                parts.append(best.reshape(part.shape[1], part.shape[0]).T)
+            return torch.cat(parts, dim=1)
+
+        return choose, blocks.width
+
+
+def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
+    """U [in, in], upper triangular with H^-1 = U^T U, for H = gram + damping * mean(diagonal) * I.
+
+    Raises:
+        SecateurError: the statistics are not finite, or H is not positive definite however damped.
+    """
+    diagonal = gram.diagonal().clone()
+    if not torch.isfinite(gram.sum()):
+        raise SecateurError(
+            f"{name}: the inputs' statistics are not finite",
+            works="check weights and text for NaN and Inf, or run the forward passes with --dtype fp32",
+        )
+    live = diagonal > 0
+    mean = float(diagonal[live].double().mean()) if bool(live.any()) else 1.0
+    h = gram.flip(0, 1)  # backwards: its lower factor, turned around, is an upper factor of H
+    base = torch.where(live, diagonal, mean).flip(0)
+    for attempt in range(TRIES + 1):
+        h.diagonal().copy_(base + max(damping, 1e-8 if attempt else 0.0) * 10.0**attempt * mean)
+        lower, info = torch.linalg.cholesky_ex(h)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            upper = lower.flip(0, 1)
+            del h, lower
+            eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            return torch.linalg.solve_triangular(upper, eye, upper=True)
+    raise SecateurError(
+        f"{name}: X^T X is not positive definite",
+        received=f"damping {damping:g}, raised tenfold {TRIES} times",
+        works="more calibration text or a larger damping",
+    )
+
+
+def sweep(weight: Tensor, factor: Tensor, choose: Choose, width: int) -> Tensor:
+    """Prune ``weight`` [in, rows] in place, columns of the matrix (rows here) in order.
+
+    Args:
+        weight: transposed weights, changed in place to the survivors' new values (zeros elsewhere).
+        factor: U as of `inverse_factor`.
+        choose: gives the booleans of rows a to b (True stays) from their present values.
+        width: rows that ``choose`` decides on at a time.
+
+    Returns:
+        Booleans [in, rows].
+    """
+    n = len(weight)
+    keep = torch.empty_like(weight, dtype=torch.bool)
+    error = torch.empty_like(weight)
+    diagonal = factor.diagonal().tolist()
+
+    def update(a: int, mid: int, b: int) -> None:
+        weight[mid:b].addmm_(factor[a:mid, mid:b].T, error[a:mid], alpha=-1)
+
+    def within(a: int, b: int) -> None:
+        if b - a > LEAF:
+            mid = a + LEAF * ((b - a + LEAF) // (2 * LEAF))
+            within(a, mid)
+            update(a, mid, b)
+            within(mid, b)
+            return
+        for i in range(a, b):
+            torch.div(weight[i], diagonal[i], out=error[i])
+            error[i].masked_fill_(keep[i], 0)
+            if i + 1 < b:
+                weight[i + 1 : b].addr_(factor[i, i + 1 : b], error[i], alpha=-1)
+
+    def decide(a: int, b: int) -> None:
+        if b - a > width:
+            mid = a + width * ((-(-(b - a) // width)) // 2)
+            decide(a, mid)
+            update(a, mid, b)
+            decide(mid, b)
+            return
+        keep[a:b] = choose(a, b, weight[a:b])
+        within(a, b)
+
+    decide(0, n)
+    weight.masked_fill_(~keep, 0)
+    return keep
