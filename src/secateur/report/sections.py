@@ -1,0 +1,240 @@
+"""The page's sections, top to bottom. Each takes a report and returns markup, or None when it has nothing to say."""
+
+from __future__ import annotations
+
+from os.path import commonprefix
+
+from secateur.measure.types import Generation, Measurement
+from secateur.report import curves, plots_measured, plots_where
+from secateur.report.markup import Child, Markup, el
+from secateur.report.model import Report, StepRecord
+from secateur.report.numbers import change, count, percent, perplexity, seconds, short, times
+from secateur.report.story import Entry, lead, ledger, overlap, removed, title, units
+from secateur.report.tables import table
+
+HATCH = Markup(
+    '<svg width="0" height="0" aria-hidden="true" class="unseen"><defs>'
+    '<pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<line x1="0" y1="0" x2="0" y2="5" class="hatch-line"/></pattern></defs></svg>'
+)
+MARK = Markup(
+    '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 22V12"/><path d="M12 15C7 15 5 12 5 8c4 0 7 2 7 7z"/>'
+    '<path class="snip" d="M14 9l6-6M15 3.5l5 5"/></svg>'
+)
+
+
+def top(report: Report) -> Markup:
+    """The brand, and the way from the model to the result."""
+    route = [report.model, " → ", report.out]
+    if report.provenance.date:
+        route.append(f", {report.provenance.date[:10]}")
+    brand = el("span", {"class": "brand"}, MARK, "Secateur")
+    return el("header", {"class": "top"}, brand, el("span", {"class": "route"}, route))
+
+
+def hero(report: Report) -> Markup:
+    """The headline, what it cost and brought, and the numbers to remember."""
+    chips = [
+        el("li", None, f"{slot} ", el("b", None, part))
+        for step in report.steps
+        for slot, part in (("space", step.space), *(step.chain or {"method": step.method}).items())
+    ]
+    return el(
+        "div",
+        {"class": "hero"},
+        el("h1", None, title(report)),
+        el("p", {"class": "lead"}, " ".join(lead(report))),
+        el("ul", {"class": "chips"}, chips) if chips else None,
+    )
+
+
+def tiles(report: Report) -> Markup | None:
+    """Large numbers with their units."""
+    out: list[Markup] = []
+    for step in report.steps:
+        gone, total = removed(step)
+        if total:
+            word = "removed" if step.apply == "cut" else "zero" if step.space == "weight" else "silenced"
+            share = percent(gone / total)
+            out.append(_tile(f"{units(step.space)} {word}", share, f"{count(gone)} of {count(total)}"))
+    dense, pruned = report.dense, report.pruned
+    if pruned:
+        out += _measured_tiles(dense, pruned)
+    return el("div", {"class": "tiles"}, out) if out else None
+
+
+def _tile(label: str, figure: str, note: str) -> Markup:
+    number, _, unit = figure.partition(" ")
+    small = el("small", None, unit) if unit else None
+    return el("div", {"class": "tile"}, el("span", None, label), el("b", None, number, small), el("span", None, note))
+
+
+def _measured_tiles(dense: Measurement | None, pruned: Measurement) -> list[Markup]:
+    out = []
+    size, was = pruned.size, dense.size if dense else pruned.size
+    if pruned.perplexity:
+        note = "held-out text"
+        if dense and dense.perplexity:
+            a, b = dense.perplexity.value, pruned.perplexity.value
+            note = f"dense {perplexity(a)}, {times(b / a)}"
+        out.append(_tile("perplexity", perplexity(pruned.perplexity.value), note))
+    if pruned.divergence:
+        kl = f"KL {pruned.divergence.kl:.3f} nats a token"
+        out.append(_tile("same next token", percent(pruned.divergence.top1), kl))
+    if pruned.choices:
+        note = f"dense {percent(dense.choices.accuracy_norm)}" if dense and dense.choices else pruned.choices.source
+        out.append(_tile("multiple choice", percent(pruned.choices.accuracy_norm), note))
+    zeros = f"{short(size.nonzero)} non-zero"
+    note = zeros if was.parameters == size.parameters else f"{change(was.parameters, size.parameters)}; {zeros}"
+    out.append(_tile("parameters", short(size.parameters), note))
+    out.append(_tile("file", short(size.bytes, "B"), change(was.bytes, size.bytes)))
+    if pruned.latency:
+        note = f"on {pruned.latency.threads} threads" if pruned.latency.device == "cpu" else pruned.latency.device
+        if dense and dense.latency:
+            a, b = dense.latency.decode_per_token, pruned.latency.decode_per_token
+            note = f"{times(a.median / b.median)} as fast" + (", within spread" if overlap(a, b) else "")
+        out.append(_tile("decoding, a token", seconds(pruned.latency.decode_per_token.median), note))
+    return out
+
+
+def balance(report: Report) -> Markup | None:
+    """Gains, losses, and what did not change."""
+    entries = ledger(report)
+    if not entries:
+        return None
+    columns = [
+        el("div", {"class": kind}, el("h3", None, head), el("ul", None, [_entry(e) for e in entries if e.kind == kind]))
+        for kind, head in (("loss", "What it cost"), ("gain", "What it brought"), ("same", "What stayed the same"))
+        if any(e.kind == kind for e in entries)
+    ]
+    intro = "Every measured difference. A difference that its interval or spread does not rule out counts as the same."
+    return _section("The balance", el("p", None, intro), el("div", {"class": "ledger"}, columns))
+
+
+def _entry(entry: Entry) -> Markup:
+    detail = el("i", None, entry.detail) if entry.detail else None
+    return el("li", None, el("span", None, entry.what), el("b", None, entry.figure), detail)
+
+
+def where(report: Report) -> Markup | None:
+    """Where the weights went, layer by layer, for each step."""
+    steps = [s for s in report.steps if s.sites]
+    if not steps:
+        return None
+    return _section("Where the weights went", *[_where(s, report.steps.index(s), len(report.steps)) for s in steps])
+
+
+def _where(step: StepRecord, index: int, steps: int) -> list[Child]:
+    gone, total = removed(step)
+    share = plots_where.even(step)
+    rows = len(plots_where.by_kind(step))
+    said = f"{count(total - gone)} of {count(total)} {units(step.space)} stay"
+    said += f", the same share everywhere: {percent(share, 2)}." if share is not None else ", chosen unevenly."
+    if step.words:
+        said = f"{step.words}: {said}" if steps == 1 else f"Step {index + 1}, {step.words}: {said}"
+    names = [n for n in plots_where.COMPONENTS if any(n in p for p in plots_where.by_layer(step).values())]
+    keys = [el("li", None, el("span", {"class": n}), f"{plots_where.WORDS[n]}, kept") for n in names]
+    gone_word = "removed" if step.apply == "cut" else "set to zero"
+    keys.append(el("li", None, el("span", {"class": "gone"}), gone_word))
+    out: list[Child] = [
+        el("p", None, said),
+        el("figure", None, plots_where.layers(step), el("ul", {"class": "key"}, keys)),
+    ]
+    if rows > 1 and share is None:
+        caption = "Share kept for each kind of matrix. The darker, the more stayed."
+        out.append(el("figure", None, plots_where.kinds(step), el("figcaption", None, caption)))
+    body = [
+        [str(block), *[f"{count(round(k))} of {count(round(t))}" for k, t in parts.values()]]
+        for block, parts in plots_where.by_layer(step).items()
+    ]
+    heads = ["layer", *[f"{plots_where.WORDS[n]} parameters" for n in names]]
+    if all(len(row) == len(heads) for row in body):
+        out.append(_numbers(table(heads, body)))
+    return out
+
+
+def quality(report: Report) -> Markup | None:
+    """Window by window, and the curve with its cliff."""
+    dense, pruned = report.dense, report.pruned
+    parts: list[Child] = []
+    if dense and pruned and dense.perplexity and pruned.perplexity and pruned.perplexity.window_nll:
+        p = pruned.perplexity
+        how = f"{p.windows} windows of {count(p.length)} tokens of {p.text}, run in {p.dtype}; lower is better."
+        key = el(
+            "ul",
+            {"class": "key"},
+            el("li", None, el("span", {"class": "dense"}), f"dense, {perplexity(dense.perplexity.value)} over all"),
+            el("li", None, el("span", {"class": "c0"}), f"pruned, {perplexity(p.value)} over all"),
+        )
+        parts.append(el("p", None, how))
+        parts.append(el("figure", None, plots_measured.windows(dense.perplexity, p), key))
+    for curve in report.curves:
+        if curve.points:
+            parts.append(_curve(curve))
+    return _section("Quality", *parts) if parts else None
+
+
+def _curve(curve: curves.Curve) -> list[Child]:
+    rows = [[percent(p.sparsity), perplexity(p.perplexity)] for p in curve.points]
+    caption = " ".join(w for w in (curve.note, "The axis is logarithmic.") if w)
+    return [
+        el("h3", {"style": "margin-top:34px"}, f"Perplexity against sparsity: {curve.label}"),
+        el("p", None, curves.advice(curve)),
+        el("figure", None, curves.plot((curve,)), el("figcaption", None, caption)),
+        _numbers(table(["removed", "perplexity"], rows)),
+    ]
+
+
+def cost(report: Report) -> Markup | None:
+    """Sizes and times, dense beside pruned."""
+    dense, pruned = report.dense, report.pruned
+    if dense is None or pruned is None:
+        return None
+    parts = [el("div", None, el("h3", None, "Size"), el("figure", None, plots_measured.sizes(dense.size, pruned.size)))]
+    if dense.latency and pruned.latency:
+        t = pruned.latency
+        caption = (
+            f"Batch of {t.batch} on {t.device}, {t.threads} threads, {t.dtype}; {t.new_tokens} tokens decoded after a "
+            f"prompt of {count(t.prompt_tokens)}. Median of {t.decode_per_token.repeats} interleaved repeats; "
+            "the whisker is the middle half."
+        )
+        plot = plots_measured.speeds(dense.latency, t)
+        figure = el("figure", None, plot, el("figcaption", None, caption))
+        parts.append(el("div", None, el("h3", None, "Speed"), figure))
+    return _section("Size and speed", el("div", {"class": "two", "style": "margin-top:18px"}, parts))
+
+
+def generations(report: Report) -> Markup | None:
+    """What the two models say to the same prompts."""
+    dense, pruned = report.dense, report.pruned
+    if pruned is None or not pruned.generations:
+        return None
+    others = {g.prompt: g for g in dense.generations} if dense else {}
+    intro = "Greedy continuations of the same prompts. Underlined is what comes after the first difference."
+    return _section("Side by side", el("p", None, intro), [_pair(others.get(g.prompt), g) for g in pruned.generations])
+
+
+def _pair(dense: Generation | None, pruned: Generation) -> Markup:
+    columns = []
+    shared = len(commonprefix([dense.text, pruned.text])) if dense else len(pruned.text)
+    if dense and dense.text == pruned.text:
+        columns.append(el("div", None, el("h3", None, "dense and pruned, word for word"), _said(pruned.text, shared)))
+    else:
+        for name, g in (("dense", dense), ("pruned", pruned)):
+            if g:
+                columns.append(el("div", None, el("h3", None, name), _said(g.text, shared)))
+    prompt = el("p", {"class": "prompt"}, f"“{pruned.prompt}”")
+    return el("div", {"class": "pair"}, prompt, el("div", {"class": "two"}, columns))
+
+
+def _said(text: str, shared: int) -> Markup:
+    rest = el("mark", None, text[shared:]) if text[shared:] else None
+    return el("p", {"class": "said"}, text[:shared], rest)
+
+
+def _numbers(content: Markup) -> Markup:
+    return el("details", None, el("summary", None, "The numbers"), el("div", {"class": "scroll"}, content))
+
+
+def _section(head: str, *children: Child) -> Markup:
+    return el("section", None, el("h2", None, head), *children)
