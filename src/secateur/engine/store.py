@@ -1,0 +1,334 @@
+"""Store: a model's weights, read when they are needed: block by block from shards, or from memory.
+
+One class for both sources. Shards are read with plain reads into fresh memory (64-byte aligned, as torch allots
+it), never through a memory map: results are then bit-reproducible and a file's pages do not count as ours.
+Opening reads config and headers only, and finds every contradiction between them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.headers import Entry, read_headers, read_json, refuse_quantised
+from secateur.engine.host import convert
+from secateur.engine.host.build import describe_skeleton, skeleton_model
+from secateur.engine.host.origin import Origin, candidates, load_gguf, plain_config, raw_config, read_config
+from secateur.engine.ragged import cut_to_sizes, read_sizes
+from secateur.errors import SecateurError
+
+RECORD = "secateur.json"
+
+
+class Store:
+    """Weights of one model, and the skeleton they fit.
+
+    Attributes:
+        origin: where it came from; None for a model in memory.
+        config: Transformers' config (dense, where blocks have their own sizes).
+        raw: the config as JSON data, as it was on disk.
+        blocks_path: module path of the list of blocks.
+        sizes: units per block and space, where blocks have their own (a ragged checkpoint of ours).
+        left_out: tensors on disk that this architecture does not use.
+        dtype: what float tensors are loaded as; None: as stored.
+    """
+
+    def __init__(self, model: nn.Module, origin: Origin | None, dtype: torch.dtype | None) -> None:
+        """Use `Store.open` or `Store.of_model`; this only sets what both have in common."""
+        self.origin, self.dtype = origin, dtype
+        self.config: Any = model.config
+        self.raw: dict[str, Any] = {}
+        self.sizes: dict[str, dict[str, int]] = {}
+        self.left_out: tuple[str, ...] = ()
+        self.blocks_path = describe_skeleton(model).path
+        self.blocks = len(model.get_submodule(self.blocks_path))
+        self._model = model  # on the meta device, or the model in memory
+        self._entries: dict[str, Entry] = {}
+        self._groups: list[convert.Group] = []
+        self._absent: set[str] = set()
+        self._added_prefix = False
+        self._memory: dict[str, Tensor] | None = None
+        self._copy = True
+
+    @classmethod
+    def open(cls, origin: Origin, dtype: torch.dtype | None = torch.float32) -> Store:
+        """Open a checkpoint: config and headers of shards, all of a GGUF file.
+
+        Raises:
+            SecateurError: anything wrong with config or headers, before a weight is read.
+        """
+        if origin.kind == "gguf":
+            store = cls.of_model(load_gguf(origin), dtype)
+            store.origin, store._copy = origin, False
+            return store
+        config = read_config(origin)
+        entries = read_headers(origin.path)
+        refuse_quantised(entries)
+        raw = raw_config(origin)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > len(entries):
+            raise SecateurError(
+                f"config.json gives {layers} layers, but the weights are {len(entries)} tensors in all",
+                received=origin.given,
+                works="use the config.json that came with these weights",
+            )
+        record = origin.path / RECORD
+        sizes = read_sizes(read_json(record)) if record.is_file() else {}
+        if "per_layer_config" in raw and not sizes:
+            raise SecateurError(
+                "config.json has sizes per layer, but there is no secateur.json with them",
+                received=origin.given,
+                works="use a checkpoint as Secateur wrote it",
+            )
+        names = list(candidates(config)) if not raw.get("architectures") else config.architectures
+        faults: list[SecateurError] = []
+        for name in names or [None]:
+            config.architectures = [name] if name else None
+            try:
+                return cls._match(origin, config, raw, entries, sizes, dtype)
+            except SecateurError as error:
+                faults.append(error)
+        raise faults[0]
+
+    @classmethod
+    def of_model(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Store:
+        """A store of a model in memory. Blocks are copied when they are loaded; the model stays as it is."""
+        store = cls(model, None, dtype)
+        store.raw = plain_config(store.config)
+        tied = convert.tied_names(model)
+        state = model.state_dict()
+        store._memory = {
+            name: value
+            for name, value in state.items()
+            if name not in tied or state[tied[name]].data_ptr() != value.data_ptr()
+        }
+        store._absent = set(state) - set(store._memory)
+        return store
+
+    @classmethod
+    def _match(
+        cls,
+        origin: Origin,
+        config: Any,
+        raw: dict[str, Any],
+        entries: dict[str, Entry],
+        sizes: dict[str, dict[str, int]],
+        dtype: torch.dtype | None,
+    ) -> Store:
+        if dtype is not None:
+            config.dtype = dtype
+        model = skeleton_model(config)
+        cut_to_sizes(model, sizes)
+        store = cls(model, origin, dtype)
+        store.raw, store.sizes, store._entries = raw, sizes, entries
+        found = convert.correspond(model, {name: (e.dtype, e.shape) for name, e in entries.items()})
+        store._groups, store._absent, store._added_prefix = found.groups, found.absent, found.added_prefix
+        store.left_out = tuple(sorted(found.unexpected))
+        store._check(found)
+        return store
+
+    def skeleton(self) -> nn.Module:
+        """A fresh model on the meta device, at the checkpoint's own sizes."""
+        memo: dict[int, Any] = {}
+        for value in [*self._model.parameters(), *self._model.buffers()]:
+            ghost = torch.empty_like(value, device="meta")
+            memo[id(value)] = nn.Parameter(ghost, value.requires_grad) if isinstance(value, nn.Parameter) else ghost
+        model: Any = copy.deepcopy(self._model, memo)
+        model._weight_conversions = getattr(self._model, "_weight_conversions", None)
+        return model.eval()
+
+    def load_rest(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
+        """Load everything outside the blocks, give buffers their values, tie what is tied."""
+        self._load(model, None, torch.device(device))
+        if self._memory is not None:
+            for name, value in self._model.named_buffers():
+                if name not in self._memory:
+                    convert.set_tensor(model, name, value.detach().clone().to(device))
+        else:
+            convert.initialise_buffers(model, torch.device(device))
+        convert.tie(model, self._absent)
+
+    def load_block(self, model: nn.Module, index: int, device: torch.device | str = "cpu") -> None:
+        """Load one block's parameters (and persistent buffers) into fresh memory.
+
+        Raises:
+            SecateurError: a weight is not finite, or the file cannot be read.
+        """
+        self._load(model, index, torch.device(device))
+
+    def release_block(self, model: nn.Module, index: int) -> None:
+        """Let a block's weights go: back to the meta device, at the sizes it has now."""
+        block = model.get_submodule(f"{self.blocks_path}.{index}")
+        for name, value in block.state_dict().items():
+            convert.set_tensor(block, name, torch.empty_like(value, device="meta"))
+
+    def load_whole(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
+        """Load everything."""
+        for index in range(self.blocks):
+            self.load_block(model, index, device)
+        self.load_rest(model, device)
+
+    def names(self, index: int | None) -> list[str]:
+        """Names in memory of a block's stored tensors (None: of everything outside the blocks)."""
+        found = self._memory if self._memory is not None else (n for g in self._groups for n in g.shapes)
+        return [name for name in found if self.block_of(name) == index]
+
+    def block_of(self, name: str) -> int | None:
+        """The block a name in memory belongs to, or None."""
+        if not name.startswith(self.blocks_path + "."):
+            return None
+        word = name[len(self.blocks_path) + 1 :].split(".")[0]
+        return int(word) if word.isdigit() else None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype a tensor (by name in memory) came in. What a GGUF file held comes out as fp32."""
+        if self._memory is not None:
+            return self._memory[name].dtype
+        for group in self._groups:
+            if name in group.shapes:
+                return self._entries[group.sources[0][0]].dtype
+        raise KeyError(name)
+
+    def bytes_of_block(self, index: int | None) -> int:
+        """Bytes of a block (None: of the rest) as stored."""
+        if self._memory is not None:
+            return sum(self._memory[n].nbytes for n in self.names(index))
+        found = (g for g in self._groups if self.block_of(g.first) == index)
+        return sum(self._entries[n].end - self._entries[n].begin for g in found for n, _ in g.sources)
+
+    def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by name in memory, whole groups of them, as tensors by name on disk (as they came)."""
+        out: dict[str, Tensor] = {}
+        rest = dict(tensors)
+        for group in self._groups:
+            if group.converter is None and group.first in rest:
+                out[group.sources[0][0]] = rest.pop(group.first)
+        if rest:
+            out |= convert.to_disk(self._model, rest, self._added_prefix)
+        return out
+
+    def renumbered(self, name: str, index: int, position: int) -> str:
+        """A name on disk of block ``index``, as block ``position`` would have it (layers before it were dropped)."""
+        words = name.split(".")
+        if self._place is None or words[self._place] != str(index):
+            raise SecateurError("this checkpoint's names do not say which layer they belong to", received=name)
+        return ".".join([*words[: self._place], str(position), *words[self._place + 1 :]])
+
+    @cached_property
+    def _place(self) -> int | None:
+        """Which dotted word of every block's names on disk is the block's index."""
+        found: set[int] | None = None
+        for index in range(self.blocks):
+            if self._memory is not None:
+                ghosts = {n: torch.empty_like(self._memory[n], device="meta") for n in self.names(index)}
+                names = list(self.to_disk(ghosts))
+            else:
+                names = [n for g in self._groups if self.block_of(g.first) == index for n, _ in g.sources]
+            for name in names:
+                places = {i for i, word in enumerate(name.split(".")) if word == str(index)}
+                found = places if found is None else found & places
+        return min(found) if found else None
+
+    def _load(self, model: nn.Module, index: int | None, device: torch.device) -> None:
+        if self._memory is not None:
+            for name in self.names(index):
+                value = self._memory[name]
+                _finite(name, value)
+                kept = value if index is None and not self._copy else value.clone()
+                convert.set_tensor(model, name, kept.to(device=device, dtype=self._target(value.dtype)))
+            return
+        with ExitStack() as stack:
+            files: dict[Path, BinaryIO] = {}
+
+            def read(name: str) -> Tensor:
+                entry = self._entries[name]
+                if entry.file not in files:
+                    files[entry.file] = stack.enter_context(open(entry.file, "rb", buffering=0))
+                value = _read(files[entry.file], entry)
+                _finite(name, value)
+                return value
+
+            try:
+                for group in self._groups:
+                    if self.block_of(group.first) == index:
+                        for name, value in group.convert(self._model, read).items():
+                            convert.set_tensor(model, name, value.to(device, self._target(value.dtype)).contiguous())
+            except OSError as error:
+                raise SecateurError("the weights cannot be read", received=error.strerror or str(error)) from error
+
+    def _target(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
+    def _check(self, found: convert.Correspondence) -> None:
+        """Config against headers: shapes, kinds, missing tensors, and tensors of layers the config does not have."""
+        works = "use the config.json that came with these weights, or fetch the checkpoint again"
+        memory = self._model.state_dict()
+        for group in found.groups:
+            owners = {self.block_of(name) for name in group.shapes}
+            if len(owners) > 1:
+                raise SecateurError("one tensor on disk holds several layers", received=group.sources[0][0])
+            for name, shape in group.shapes.items():
+                expected = memory.get(name)
+                if expected is None or tuple(expected.shape) != shape:
+                    raise SecateurError(
+                        f"tensor {group.sources[0][0]!r} contradicts config.json: {name} should be "
+                        f"{list(expected.shape) if expected is not None else 'absent'}",
+                        received=list(shape),
+                        works=works,
+                    )
+                stored = self._entries[group.sources[0][0]].dtype
+                if expected.is_floating_point() and not stored.is_floating_point:
+                    raise SecateurError(
+                        f"tensor {group.sources[0][0]!r} holds integers where weights belong; packed weights "
+                        "cannot be pruned",
+                        received=stored,
+                        works="give the unquantised checkpoint (fp32, bf16 or fp16) and quantise after pruning",
+                    )
+        if found.missing:
+            raise SecateurError(
+                f"{len(found.missing)} tensors are missing from the weights",
+                received=", ".join(sorted(found.missing)[:3]),
+                works=works,
+            )
+        parts = self.blocks_path.split(".")[-1]
+        for name in self.left_out:
+            if f"{parts}." in name and name.split(f"{parts}.")[-1].split(".")[0].isdigit():
+                raise SecateurError(
+                    f"the weights hold {name!r}, which the model that config.json describes does not have",
+                    received=f"{self.blocks} layers of {type(self._model).__name__}",
+                    works=works,
+                )
+
+
+def _read(file: BinaryIO, entry: Entry) -> Tensor:
+    """One tensor's bytes into memory of its own."""
+    out = torch.empty(entry.shape, dtype=entry.dtype)
+    if out.numel():
+        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.dim() else memoryview(
+            out.reshape(1).view(torch.uint8).numpy()
+        )
+        file.seek(entry.begin)
+        while len(view):
+            count = file.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise OSError(f"{entry.file.name} ended early")
+            view = view[count:]
+    return out
+
+
+def _finite(name: str, value: Tensor) -> None:
+    if value.is_floating_point() and value.numel():
+        low, high = torch.aminmax(value)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise SecateurError(
+                f"tensor {name!r} holds NaN or infinite weights",
+                received=f"{int((~torch.isfinite(value)).sum())} of {value.numel()} entries",
+                works="repair or fetch the checkpoint again",
+            )

@@ -1,0 +1,323 @@
+"""A checkpoint on its way out: one file per block, then the final layout, then one rename into place.
+
+Every file is written under a temporary name, synced, and renamed, so a file that is there is complete; a finished
+block's file is the point from which a killed run resumes. Headers carry no time, path or host: the same inputs
+give the same bytes. Nothing appears at the output's place before all of it is ready.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.headers import DTYPES, INDEX, SINGLE, Entry, read_header
+from secateur.engine.host.carry import carry_along, merged_config
+from secateur.engine.store import RECORD, Store
+from secateur.errors import SecateurError
+
+LARGEST_SINGLE = 5 * 10**9  # bytes; larger checkpoints keep one file per block
+CHUNK = 16 * 2**20
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished step says about itself.
+
+    Attributes:
+        fields: config fields with a new value (``intermediate_size``, ``num_hidden_layers``, ``layer_types``).
+        per_layer: fields by layer index where blocks differ; the global fields then stay dense.
+        sizes: units per block and space that the config has no word for; ``secateur.load`` goes by them.
+        record: everything else that secateur.json holds.
+        files: further files, by name: their bytes, or a file to copy.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes | Path] = field(default_factory=dict)
+
+
+class StepWriter:
+    """Writes one step's result into a working directory, block by block.
+
+    Args:
+        work: directory of this step; made if missing. What is there already is taken up again.
+        store: where the model came from: its names and dtypes on disk are kept.
+    """
+
+    def __init__(self, work: Path, store: Store) -> None:
+        self.work, self.store = work, store
+        with writing(work):
+            work.mkdir(parents=True, exist_ok=True)
+
+    def done(self, index: int) -> bool:
+        """Whether a block's file is complete."""
+        return self._block(index).is_file()
+
+    def rest_done(self) -> bool:
+        """Whether the file of everything outside the blocks is complete."""
+        return (self.work / "rest.safetensors").is_file()
+
+    def write_block(self, index: int, module: nn.Module, position: int | None = None) -> None:
+        """Write one block.
+
+        Args:
+            index: the block's place in the model it came from.
+            module: the block, in any float dtype and at any size.
+            position: its place in the result, where layers before it were dropped.
+        """
+        path = f"{self.store.blocks_path}.{index}."
+        self._write(self._block(index), path, module.state_dict(), self.store.names(index), index, position)
+
+    def write_rest(self, model: nn.Module) -> None:
+        """Write everything outside the blocks, tied tensors once."""
+        self._write(self.work / "rest.safetensors", "", model.state_dict(), self.store.names(None), None, None)
+
+    def finish(self, outcome: Outcome, blocks: Sequence[int] | None = None) -> Path:
+        """Put the final checkpoint together from the files of ``blocks`` (all of them) and the rest.
+
+        Returns:
+            The complete directory, inside ``work``; `publish` moves it into place.
+        """
+        ready = self.work / "ready"
+        parts = [self._block(i) for i in (range(self.store.blocks) if blocks is None else blocks)]
+        parts.append(self.work / "rest.safetensors")
+        with writing(ready):
+            if ready.exists():
+                shutil.rmtree(ready)
+            ready.mkdir()
+            if sum(part.stat().st_size for part in parts) < LARGEST_SINGLE:
+                _join(parts, ready / SINGLE)
+            else:
+                _shards(parts, ready)
+            carry_along(self.store.origin, self.store.config, ready)
+            config = merged_config(self.store.raw, self.store.config, outcome.fields, outcome.per_layer)
+            write_json(ready / "config.json", config)
+            write_json(ready / RECORD, {**outcome.record, "sizes": {k: dict(v) for k, v in outcome.sizes.items()}})
+            for name, content in outcome.files.items():
+                if isinstance(content, Path):
+                    shutil.copyfile(content, ready / name)
+                else:
+                    (ready / name).write_bytes(content)
+        return ready
+
+    def _block(self, index: int) -> Path:
+        return self.work / f"block-{index:05d}.safetensors"
+
+    def _write(
+        self,
+        target: Path,
+        path: str,
+        state: Mapping[str, Tensor],
+        names: Sequence[str],
+        index: int | None,
+        position: int | None,
+    ) -> None:
+        tensors = {name: state[name.removeprefix(path)] for name in names}
+        tensors = {name: value.detach().to("cpu", self.store.dtype_of(name)) for name, value in tensors.items()}
+        out = self.store.to_disk(tensors)
+        if index is not None and position is not None and position != index:
+            out = {self.store.renumbered(name, index, position): value for name, value in out.items()}
+        write_tensors(target, out)
+
+
+def work_dir(out: Path) -> Path:
+    """Where everything is made before it is moved to ``out``: a hidden directory beside it."""
+    return out.parent / f".{out.name}.secateur-work"
+
+
+def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output that cannot or must not be written, before any work.
+
+    Args:
+        out: the output directory.
+        source: the input's directory, which is never written to.
+        overwrite: replace a directory that Secateur wrote.
+    """
+    if source is not None and (
+        out.resolve() == source.resolve() or out.resolve() in source.resolve().parents
+    ):
+        raise SecateurError("the output would replace the input", received=str(out), works="give another directory")
+    if out.is_file() or (out.is_symlink() and not out.exists()):
+        raise SecateurError("the output is not a directory", received=str(out), works="give another name")
+    if out.is_dir() and any(out.iterdir()):
+        ours = (out / RECORD).is_file()
+        if not overwrite:
+            raise SecateurError(
+                "the output directory is not empty",
+                received=str(out),
+                works="give another, or --overwrite" if ours else "give another directory",
+            )
+        if not ours:
+            raise SecateurError(
+                "--overwrite replaces only a directory that Secateur wrote (it has no secateur.json)",
+                received=str(out),
+                works="give another directory",
+            )
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = out.parent / f".{out.name}.secateur-probe"
+        probe.touch()
+        probe.unlink()
+
+
+def publish(ready: Path, out: Path, overwrite: bool = False) -> None:
+    """Move a complete checkpoint into place; the one it replaces goes last.
+
+    Raises:
+        SecateurError: ``out`` is not empty and may not be replaced, or the system refuses.
+    """
+    check_out(out, None, overwrite)
+    old = out.parent / f".{out.name}.secateur-old"
+    with writing(out):
+        _sync_directory(ready)
+        if old.exists():
+            shutil.rmtree(old)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        if out.exists():
+            os.rename(out, old)
+        try:
+            os.rename(ready, out)
+        except OSError:
+            if old.exists():
+                os.rename(old, out)
+            raise
+        _sync_directory(out.parent)
+        if old.exists():
+            shutil.rmtree(old)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON in one piece, keys as they come."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file (CPU tensors), one tensor at a time, deterministic to the byte."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), natural(name)))
+    table = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
+    with _replacing(path) as file:
+        file.write(_header(table))
+        for name in order:
+            flat = tensors[name].contiguous().reshape(-1)
+            if flat.numel():
+                file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(w), "") if w.isdigit() else (1, 0, w) for w in re.split(r"(\d+)", name)]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence what the system has against writing to ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SecateurError(
+                "the disk is full", received=str(path), works="free some space, then run again with --resume"
+            ) from error
+        raise SecateurError(
+            f"cannot write: {error.strerror or error}", received=str(path), works="give a directory you may write to"
+        ) from error
+
+
+def _header(table: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    rows: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in table:
+        end = at + int(torch.Size(shape).numel()) * dtype.itemsize
+        rows[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _join(parts: Sequence[Path], path: Path) -> None:
+    """One file from many, copied in chunks: memory does not grow with the model."""
+    entries: dict[str, Entry] = {}
+    for part in parts:
+        entries.update(read_header(part).tensors)
+    order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, natural(name)))
+    with _replacing(path) as file:
+        file.write(_header([(name, entries[name].dtype, entries[name].shape) for name in order]))
+        source: BinaryIO | None = None
+        try:
+            for name in order:
+                entry = entries[name]
+                if source is None or source.name != str(entry.file):
+                    if source is not None:
+                        source.close()
+                    source = open(entry.file, "rb", buffering=0)  # noqa: SIM115 (kept open over neighbours)
+                source.seek(entry.begin)
+                left = entry.end - entry.begin
+                while left:
+                    chunk = source.read(min(CHUNK, left))
+                    if not chunk:
+                        raise OSError(errno.EIO, f"{entry.file.name} ended early")
+                    file.write(chunk)
+                    left -= len(chunk)
+        finally:
+            if source is not None:
+                source.close()
+
+
+def _shards(parts: Sequence[Path], ready: Path) -> None:
+    """The blocks' files as shards (a second name for each file where the system can), and their index."""
+    table: dict[str, str] = {}
+    total = 0
+    for number, part in enumerate(parts, 1):
+        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        for name, entry in read_header(part).tensors.items():
+            table[name] = shard
+            total += entry.end - entry.begin
+        try:
+            os.link(part, ready / shard)
+        except OSError:
+            shutil.copyfile(part, ready / shard)
+    weight_map = {name: table[name] for name in sorted(table, key=natural)}
+    write_json(ready / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write under a temporary name, sync, rename: the name is there only when the bytes are."""
+    temporary = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
