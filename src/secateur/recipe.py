@@ -36,6 +36,8 @@ class Recipe:
         seed: of random choices (the text has its own; either sets the other when that is not given).
         measure: end with a short measurement, dense beside pruned.
         trust_remote_code, revision: for models with code of their own, and hub ids.
+        out: where the result goes.
+        plan: a plan file to replay; then there may be no steps.
         title, expect: a name, and numbers this recipe is known to give; for people, not read by the run.
     """
 
@@ -50,12 +52,14 @@ class Recipe:
     measure: bool = True
     trust_remote_code: bool = False
     revision: str | None = None
+    out: str | None = None
+    plan: str | None = None
     title: str | None = None
     expect: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))
-        if not self.steps or not all(isinstance(step, Step) for step in self.steps):
+        if not (self.steps or self.plan) or not all(isinstance(step, Step) for step in self.steps):
             raise SecateurError(
                 "the recipe has no steps", works="steps: [{space: weight, score: wanda, sparsity: 0.5}] works"
             )
@@ -68,7 +72,7 @@ class Recipe:
             check_count(word, getattr(self, word), least, optional=word == "threads")
         for word in ("measure", "trust_remote_code"):
             check_type(word, getattr(self, word), bool)
-        for word in ("revision", "title"):
+        for word in ("revision", "out", "plan", "title"):
             check_type(word, getattr(self, word), str, optional=True)
         check_type("expect", self.expect, Mapping)
         check_device(self.device, self.dtype)
@@ -175,7 +179,7 @@ def override(words: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 def diff(a: Recipe, b: Recipe) -> list[str]:
     """Words that differ in what the run would write: ``steps[0].keep: 0.5 -> 0.6``."""
-    idle = {"measure", "title", "expect"}
+    idle = {"measure", "out", "title", "expect"}
     flat_a, flat_b = (_flat({k: v for k, v in r.to_words().items() if k not in idle}) for r in (a, b))
     absent = "(not given)"
     return [
@@ -195,6 +199,7 @@ class How:
         dry_run: predict and stop.
         measure: end with the short measurement.
         plan_file: replay this plan instead of choosing.
+        plan_text: calibration text was named beside the plan, so weight updates are recomputed.
         only_plan: write the plan and no weights.
     """
 
@@ -203,6 +208,7 @@ class How:
     dry_run: bool = False
     measure: bool = True
     plan_file: Path | None = None
+    plan_text: bool = False
     only_plan: bool = False
 
 

@@ -1,0 +1,129 @@
+"""Results as plain data (for ``--json``) and as text for people. Returns values; prints nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from decimal import Decimal
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from secateur.measure.types import Comparison, Measurement
+
+
+def plain(value: Any) -> Any:
+    """Anything a verb returns as JSON data: dataclasses become objects, paths text, infinities and NaN null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    if isinstance(value, Decimal):
+        return plain(float(value))
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def measured(models: Sequence[Measurement], against: Sequence[Comparison]) -> dict[str, Any]:
+    """The object ``secateur measure --json`` prints: one flat entry per model, in the order given.
+
+    Args:
+        models: measurements, the reference first.
+        against: comparisons of the second and later models with the first.
+    """
+    entries = []
+    for number, m in enumerate(models):
+        entry: dict[str, Any] = {"model": m.model, "perplexity": m.perplexity.value if m.perplexity else None}
+        if m.perplexity:
+            entry["perplexity_conditions"] = {
+                "text": m.perplexity.text,
+                "windows": m.perplexity.windows,
+                "length": m.perplexity.length,
+                "stride": m.perplexity.stride,
+                "tokens": m.perplexity.tokens,
+                "dtype": m.perplexity.dtype,
+            }
+        size = asdict(m.size)
+        entry |= {k: size[k] for k in ("parameters", "nonzero", "bytes", "macs_per_token", "kv_bytes_per_token")}
+        if m.divergence:
+            entry |= {"kl": m.divergence.kl, "top1": m.divergence.top1}
+        if m.choices:
+            entry |= {
+                "accuracy_norm": m.choices.accuracy_norm,
+                "accuracy": m.choices.accuracy,
+                "items": m.choices.items,
+            }
+        if m.tasks:
+            entry["tasks"] = dict(m.tasks)
+        if m.latency:
+            entry |= {
+                "prefill_seconds": m.latency.prefill.median,
+                "decode_seconds_per_token": m.latency.decode_per_token.median,
+                "peak_rss": m.latency.peak_rss,
+                "latency": asdict(m.latency),
+            }
+        if m.generations:
+            entry["generations"] = [asdict(g) for g in m.generations]
+        if number and number <= len(against):
+            entry["against_first"] = {k: v for k, v in asdict(against[number - 1]).items() if v is not None}
+        if m.notes:
+            entry["notes"] = list(m.notes)
+        entries.append(entry)
+    return {"models": plain(entries)}
+
+
+_HIDDEN = ("perplexity_conditions", "latency", "generations", "against_first")
+
+
+def page(data: Mapping[str, Any]) -> list[RenderableType]:
+    """Plain data as rich renderables: words as lines, lists of objects as tables, in the data's own order."""
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = Table.grid(padding=(0, 2))
+    out: list[RenderableType] = [lines]
+    for key, value in data.items():
+        name = key.replace("_", " ")
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            columns = [c for c in dict.fromkeys(k for row in value for k in row) if c not in _HIDDEN]
+            table = Table(title=name, title_justify="left", box=None, header_style="bold", title_style="bold")
+            for column in columns:
+                numeric = all(isinstance(row.get(column), int | float | None) for row in value)
+                table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+            for row in value:
+                table.add_row(*(Text(cell(row.get(c), c)) for c in columns))
+            out += [Text(""), table]
+        elif isinstance(value, dict):
+            for inner, item in value.items():
+                lines.add_row(Text(f"{name} {inner.replace('_', ' ')}"), Text(cell(item, inner)))
+        elif value is not None and value != []:
+            lines.add_row(Text(name), Text(cell(value, key)))
+    return out
+
+
+def cell(value: Any, key: str = "") -> str:
+    """One value as text: bytes as MB, counts with thin groups, shares and ratios with three digits."""
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case int() if "bytes" in key or key == "peak_rss":
+            return f"{value:,} B" if value < 10_000 else f"{value / 1e6:,.1f} MB"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        case list():
+            return "; ".join(cell(v) for v in value)
+        case dict():
+            return ", ".join(f"{k.replace('_', ' ')} {cell(v, k)}" for k, v in value.items() if v is not None)
+    return str(value)
