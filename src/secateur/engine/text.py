@@ -145,11 +145,16 @@ def _dataset_documents(source: str, split: Split) -> list[str]:
             received=source,
             works=_WORKS + "; datasets need `pip install datasets`",
         ) from None
-    name, config, part, column = (source.split(":") + ["", "", ""])[:4]
+    name, config, part, column = [*source.split(":"), "", "", ""][:4]
     part = part or ("train" if split == "calibration" else "test")
     try:
         rows = datasets.load_dataset(name, config or None, split=part)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:  # what `datasets` raises for bad ids or no network
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+    ) as error:  # what `datasets` raises for bad ids or no network
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SecateurError(f"the dataset cannot be loaded: {reason[0][:160]}", received=source, works=_WORKS) from None
     column = column or "text"
@@ -195,7 +200,7 @@ def calibration_windows(ids: Tensor, samples: int, length: int, seed: int) -> Te
     return torch.stack([ids[i : i + length] for i in offsets.tolist()])
 
 
-def test_windows(ids: Tensor, windows: int | None, length: int, stride: int | None = None) -> Tensor:
+def test_windows(ids: Tensor, windows: int | None, length: int, stride: int | None = None) -> Tensor:  # noqa: PT028
     """The first windows of a text, ``stride`` (by default ``length``: no overlap) tokens apart.
 
     Args:
@@ -244,7 +249,7 @@ def check_disjoint(calibration: Tensor, test: Tensor, names: tuple[str, str] = (
     share = overlap(calibration, test)
     if share > SHARED:
         raise SecateurError(
-            f"calibration and test text overlap: {share:.1%} of the test text's {SHINGLE}-token runs were calibrated on",
+            f"{share:.1%} of the test text's runs of {SHINGLE} tokens are calibration text too",
             received=f"{names[0]} and {names[1]}",
             works="give other text for one of them",
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,26 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tens
     device = next(model.parameters()).device
     extra = {} if mask is None else {"attention_mask": mask.to(device)}
     return model(input_ids=ids.to(device), use_cache=False, **extra).logits
+
+
+@torch.inference_mode()
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts next tokens: it has logits over a vocabulary, and changing the last token of a
+    sequence changes none of the logits before it (an encoder's head fails this whatever its class is called)."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return False
+    ids = torch.ones(2, 6, dtype=torch.long)
+    ids[1, -1] = 0
+    logits = logits_of(model, ids)[:, :-1].float()
+    return bool(((logits[0] - logits[1]).abs() <= 1e-3 * (1 + logits[0].abs())).all() or not logits.isfinite().all())
+
+
+def positions(model: nn.Module) -> int | None:
+    """The longest text the config allows, or None where it sets no bound."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _window(logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:

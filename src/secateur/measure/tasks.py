@@ -1,0 +1,59 @@
+"""Any task of the LM Evaluation Harness (EleutherAI), through the optional extra ``secateur[tasks]``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from secateur.errors import SecateurError
+
+
+def tasks(
+    model: nn.Module, tokenizer: Any, names: Sequence[str], limit: int | None = None, batch_size: int = 8
+) -> dict[str, float]:
+    """Run harness tasks on a model in memory.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: of Transformers' kind.
+        names: task names, as the harness lists them.
+        limit: items per task; None for all.
+        batch_size: sequences per forward pass.
+
+    Returns:
+        ``{"piqa/acc_norm": 0.67, "piqa/acc_norm_stderr": 0.01, ...}``.
+
+    Raises:
+        SecateurError: the harness is not installed, or knows no such task.
+    """
+    try:
+        import lm_eval  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        raise SecateurError(
+            f"lm-eval tasks need the extra that is not installed ({error.name})",
+            received=", ".join(names),
+            works="pip install 'secateur[tasks]', or use --choices FILE.jsonl, which needs nothing",
+        ) from None
+    manager = TaskManager()
+    if missing := [n for n in names if n not in manager.all_tasks]:
+        raise SecateurError("no such lm-eval task", received=", ".join(missing), works="`lm_eval ls tasks` lists them")
+    host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = lm_eval.simple_evaluate(model=host, tasks=list(names), limit=limit, task_manager=manager)
+    return flatten(found["results"])
+
+
+def flatten(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Harness results ``{task: {"metric,filter": number}}`` as ``{"task/metric": number}``; the default filter
+    ``none`` goes unnamed."""
+    out: dict[str, float] = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            metric, _, chosen = key.partition(",")
+            out[f"{task}/{metric}" + (f"@{chosen}" if chosen not in ("", "none") else "")] = float(value)
+    return out
