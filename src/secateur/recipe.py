@@ -63,6 +63,13 @@ class Recipe:
             raise SecateurError(
                 "the recipe has no steps", works="steps: [{space: weight, score: wanda, sparsity: 0.5}] works"
             )
+        for step in self.steps:
+            if step.space == "expert" and step.apply == "mask":
+                raise SecateurError(
+                    "a mask of experts lives in the router's scores and cannot be saved",
+                    received="apply mask",
+                    works="apply cut",
+                )
         check_type("model", self.model, str)
         if not self.model:
             raise SecateurError(

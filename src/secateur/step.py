@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount
+from secateur.methods.grains import parse_grain
 from secateur.words import (
     Choice,
     Target,
@@ -99,7 +100,7 @@ class Step:
     def _settle_grain(self, put: Any) -> None:
         units = self.space != "weight"
         default = "unit" if units else "row" if self.score else "columns:128"
-        grain = default if self.grain is None else str(self.grain).strip()
+        grain = default if self.grain is None else str(parse_grain(str(self.grain).strip()))
         put("grain", grain)
         if units and grain != "unit":
             raise SecateurError(
@@ -146,8 +147,6 @@ class Step:
         nm = self.pattern
         if nm is not None:
             n, m = nm
-            if not 1 <= n <= m:
-                raise SecateurError("n:m keeps n of m", received=self.grain, works="2:4 works")
             if self.keep is not None and not _same_share(self.keep, n, m):
                 raise SecateurError(
                     "keep contradicts n:m",
@@ -182,10 +181,12 @@ class Step:
 
     @property
     def amount(self) -> Amount | None:
-        """How much stays at each site; None if a target, a bound or a map alone says it."""
+        """How much stays at each site (that no rule of a map matches); None if a target or a bound says it."""
         if self.keep is not None:
             return read_keep(self.keep)
-        return Amount(share=Decimal(self.pattern[0]) / self.pattern[1]) if self.pattern else None
+        if self.pattern:
+            return Amount(share=Decimal(self.pattern[0]) / self.pattern[1])
+        return Amount(share=Decimal(1)) if self.map else None
 
     @property
     def goal(self) -> Target | None:
@@ -246,8 +247,6 @@ def _patterns(value: object, word: str) -> tuple[str, ...]:
 
 
 def _same_share(keep: int | float | str, n: int, m: int) -> bool:
-    """Whether ``keep`` is n/m to the digits given (0.333 for 1:3)."""
+    """Whether ``keep`` is n/m, rounded to the digits given (0.333 for 1:3)."""
     number, bare = decimal(keep, "keep")
-    return not bare and abs(number * m - n) * 2 <= (
-        Decimal(m).scaleb(int(number.as_tuple().exponent)) if n % m and m % 5 and m % 2 else 0
-    )
+    return not bare and number == (Decimal(n) / m).quantize(Decimal(1).scaleb(int(number.as_tuple().exponent)))

@@ -198,6 +198,8 @@ def _scalar(text: str) -> Value:
 def _plain(value: object, word: str) -> Value:
     if not isinstance(value, bool | int | float | str):
         raise SecateurError(f"an option of {word} is not a number or a word", received=value)
+    if isinstance(value, str) and not re.fullmatch(r"[^\s,=:]+", value):
+        raise SecateurError(f"an option of {word} is not one word", received=value)
     return value
 
 
