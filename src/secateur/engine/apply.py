@@ -1,19 +1,23 @@
 """mask and cut: the only code that edits weights to a plan.
 
 ``keeps`` maps a space's name to booleans (True stays) of the space's shape; under ``weight`` it maps tensor
-names (relative to the block) to booleans of the tensor's stored shape; ``layer`` is one boolean.
+names (relative to the block) to booleans of the tensor's stored shape; ``layer`` is one boolean. For a whole
+model such mappings lie under the blocks' names, and layers under ``model``: ``{"layer": bool [layers]}``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy, Block, Port, Space
-from secateur.engine.silence import Silence, silence
+from secateur.engine.host.build import changed_config, differences, skeleton_model
+from secateur.engine.silence import Silence, correction, silence
 from secateur.errors import SecateurError
 
 Keeps = Mapping[str, Any]
@@ -36,10 +40,12 @@ def mask_block(module: nn.Module, block: Block, keeps: Keeps) -> list[Silence]:
                     get_tensor(module, tensor).zero_()
             else:
                 space = _space(block, name, keep)
+                chosen_by: tuple[str, ...] = ()
                 if space.silence is not None and not bool(keep.all()):
                     handles.append(silence(module, space, keep))
+                    chosen_by = correction(space)
                 for port in space.ports:
-                    if port.role != "norm":
+                    if port.role != "norm" and port.tensor not in chosen_by:
                         tensor_ = get_tensor(module, port.tensor)
                         _zero(tensor_, _spread(entries_kept(port, space, keep, tensor_.shape), port, tensor_.dim()))
     return handles
@@ -199,16 +205,170 @@ def resize(module: nn.Module) -> None:
 
 
 def mask(model: nn.Module, anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> list[Silence]:
-    """`mask_block` over a model: ``keeps`` by block name."""
+    """`mask_block` over a whole model, in place."""
     handles = []
-    for block in anatomy.blocks:
-        if block.name in keeps:
-            handles += mask_block(model.get_submodule(block.name), block, keeps[block.name])
+    for block, given in _by_block(anatomy, keeps):
+        handles += mask_block(model.get_submodule(block.name), block, given)
     return handles
 
 
 def cut(model: nn.Module, anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> None:
-    """`cut_block` over a model: ``keeps`` by block name. Layers are removed by `cut_layers`."""
+    """`cut_block` over a whole model, in place, and `cut_layers` where layers are dropped."""
+    for block, given in _by_block(anatomy, keeps):
+        cut_block(model.get_submodule(block.name), block, given)
+    if "layer" in keeps.get("model", {}):
+        cut_layers(model, anatomy, keeps["model"]["layer"])
+
+
+def _by_block(anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> list[tuple[Block, Keeps]]:
+    layers = keeps.get("model", {}).get("layer")
+    if layers is not None:
+        _check_layers(anatomy, layers)
+    out: list[tuple[Block, Keeps]] = []
     for block in anatomy.blocks:
-        if block.name in keeps:
-            cut_block(model.get_submodule(block.name), block, keeps[block.name])
+        given = dict(keeps.get(block.name, {}))
+        if layers is not None:
+            given["layer"] = bool(layers[block.index])
+        if given:
+            out.append((block, given))
+    return out
+
+
+def _check_layers(anatomy: Anatomy, keep: Tensor) -> None:
+    if anatomy.layer is None:
+        raise SecateurError(
+            f"layers of {anatomy.family!r} cannot be removed: {anatomy.refused.get('layer', 'not known to be safe')}",
+            works=f"another space ({', '.join(anatomy.spaces())})",
+        )
+    if keep.dtype != torch.bool or tuple(keep.shape) != (len(anatomy.blocks),) or not bool(keep.any()):
+        raise SecateurError(
+            f"layers take {len(anatomy.blocks)} booleans, at least one of them True",
+            received=f"{keep.dtype} of shape {list(keep.shape)}, {int(keep.sum())} True",
+        )
+
+
+def cut_layers(model: nn.Module, anatomy: Anatomy, keep: Tensor) -> None:
+    """Remove layers, renumber those that stay (caches look them up by number), and say so in the config.
+
+    Args:
+        model: changed in place, with its config.
+        keep: bool [layers].
+    """
+    _check_layers(anatomy, keep)
+    parent, _, leaf = anatomy.path.rpartition(".")
+    owner = model.get_submodule(parent) if parent else model
+    old: Any = getattr(owner, leaf)
+    kept = [i for i in range(len(old)) if bool(keep[i])]
+    for new, index in enumerate(kept):
+        for module in old[index].modules():
+            for name in LAYER_NUMBERS:
+                if isinstance(vars(module).get(name), int):
+                    setattr(module, name, new)
+    setattr(owner, leaf, nn.ModuleList([old[i] for i in kept]))
+    assert anatomy.layer is not None
+    config: Any = model.config
+    configs = {id(c): c for c in (config.get_text_config(), *(getattr(m, "config", config) for m in owner.modules()))}
+    for text in configs.values():
+        for name, value in _layer_fields(text, anatomy.layer, keep).items():
+            setattr(text, name, value)
+    for module in (owner, model):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, int) and not isinstance(value, bool) and name in LAYER_COUNTS:
+                setattr(module, name, len(kept))
+            if isinstance(value, list) and len(value) == len(old) and not name.startswith("_"):
+                setattr(module, name, [value[i] for i in kept])
+
+
+def _layer_fields(config: Any, layer: Space, keep: Tensor) -> dict[str, Any]:
+    """New values of the config fields that count or list layers."""
+    out: dict[str, Any] = {}
+    for name, rule in layer.config.items():
+        old = getattr(config, name, None)
+        if rule.keep_list and isinstance(old, Sequence) and len(old) == len(keep):
+            out[name] = [v for v, k in zip(old, keep.tolist(), strict=True) if k]
+        elif not rule.keep_list and old == len(keep):
+            out[name] = int(keep.sum())
+    return out
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """What a cut does to the config.
+
+    Attributes:
+        fields: new values of (text) config fields; for a ragged cut only those that count or list layers.
+        uniform: True if a plain ``from_pretrained`` with these fields builds the cut model.
+        per_layer: True if blocks differ in size (false with ``uniform`` false: the config has no word).
+        sizes: per block (numbered as before), units per copy that each cut space has now.
+        layers: numbers of the layers that stay, or None if all do.
+        reason: why the cut is not uniform, in one clause.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    uniform: bool = True
+    per_layer: bool = False
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    reason: str = ""
+
+
+def updated_config(config: Any, anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> ConfigChange:
+    """What the config of a model says after ``keeps`` is cut, and whether that suffices to build it.
+
+    The answer is tried out: a skeleton of the new config is held against a cut skeleton, tensor by tensor.
+
+    Args:
+        config: the config before the cut; not changed.
+        anatomy: the anatomy before the cut.
+        keeps: booleans by block and space, as for `cut`.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    fields: dict[str, Any] = {}
+    reason, per_layer = "", False
+    layers = keeps.get("model", {}).get("layer")
+    stay = [b for b in anatomy.blocks if layers is None or bool(layers[b.index])]
+    for name in sorted({n for b in stay for n in keeps.get(b.name, {}) if n not in ("weight", "layer")}):
+        counts: dict[str, int] = {}
+        rules: list[Mapping[str, Any]] = []
+        for block in (b for b in stay if name in b.spaces):
+            space = block.spaces[name]
+            given = keeps.get(block.name, {}).get(name)
+            counts[block.name] = space.size if given is None else kept_per_copy(space, given)
+            rules.append(space.config)
+            sizes.setdefault(block.name, {})[name] = counts[block.name]
+        if len(set(counts.values())) > 1 and all(r == rules[0] for r in rules):
+            reason, per_layer = f"layers keep different numbers of {name}", True
+        elif not all(rules):
+            reason = f"the config has no word for the size of {name}"
+        for block_name, rule in zip(counts, rules, strict=True):
+            for word, how in rule.items():
+                value = how.fixed if how.fixed is not None else counts[block_name] * how.per_unit
+                if fields.setdefault(word, value) != value:
+                    reason = reason or f"layers disagree about {word}"
+    text = config.get_text_config()
+    by_layer = _layer_fields(text, anatomy.layer, layers) if layers is not None and anatomy.layer else {}
+    kept = tuple(b.index for b in stay) if layers is not None else None
+    if not reason:
+        reason = _misfit(config, {**fields, **by_layer}, anatomy, keeps)
+    if reason:
+        fields = {}
+    return ConfigChange({**fields, **by_layer}, not reason, per_layer, sizes, kept, reason)
+
+
+def _misfit(config: Any, fields: Mapping[str, Any], anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> str:
+    """Why a plain load with these config fields does not give the cut model, or ""."""
+    wanted = skeleton_model(copy.deepcopy(config))
+    try:
+        fresh = skeleton_model(changed_config(config, fields))
+    except SecateurError as error:
+        return error.wrong
+    try:
+        cut(wanted, anatomy, keeps)
+    except (IndexError, RuntimeError) as error:  # already ragged: the config does not say this anatomy's sizes
+        return f"the config does not say what the model is ({str(error).splitlines()[0][:80]})"
+    found = differences(wanted, fresh, anatomy.path)
+    return f"its config builds another model ({found})" if found else ""
+
+
+LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

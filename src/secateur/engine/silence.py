@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.anatomy.types import Space
+from secateur.anatomy.types import Port, Space
 
 
 class Silence:
@@ -72,6 +72,32 @@ def silence(module: nn.Module, space: Space, keep: Tensor) -> Silence:
         if modes:
             modes.pop().__exit__(None, None, None)
 
+    for port in space.ports:
+        if port.tensor in correction(space):
+            undo.append(_silence_entries(module, port, dropped))
     undo.append(router.register_forward_pre_hook(enter).remove)
     undo.append(router.register_forward_hook(leave, always_call=True).remove)
     return Silence(undo)
+
+
+def correction(space: Space) -> tuple[str, ...]:
+    """Tensors that are added to the router's scores before it chooses: silenced, not zeroed, by a mask."""
+    return tuple(p.tensor for p in space.ports if p.tensor.rpartition(".")[2] in CORRECTIONS)
+
+
+CORRECTIONS = ("e_score_correction_bias", "expert_bias", "correction_bias")
+
+
+def _silence_entries(module: nn.Module, port: Port, dropped: Tensor) -> Callable[[], None]:
+    owner_name, _, leaf = port.tensor.rpartition(".")
+    tensor = getattr(module.get_submodule(owner_name), leaf)
+    before = tensor.detach().clone()
+    at = dropped.nonzero().reshape(-1).to(tensor.device)
+    with torch.no_grad():
+        tensor.index_fill_(port.axis, at, float("-inf"))
+
+    def restore() -> None:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+    return restore

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.anatomy.types import Skeleton, TensorInfo
 from secateur.errors import SecateurError
 
+CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 ORDER = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
-IMPLEMENTATION = "eager"
 
 
 def skeleton_model(config: PreTrainedConfig) -> nn.Module:
@@ -26,15 +28,16 @@ def skeleton_model(config: PreTrainedConfig) -> nn.Module:
         SecateurError: if Transformers cannot build it.
     """
     with torch.device("meta"):
-        return _build(config)
+        return build_model(config)
 
 
-def _build(config: PreTrainedConfig) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, **options: str) -> PreTrainedModel:
+    """The same with memory of its own, on the current default device, with Transformers' initial values."""
     for auto in _autos(config):
         if type(config) not in auto._model_mapping:
             continue
         try:
-            return auto.from_config(config)
+            return auto.from_config(config, **options)
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SecateurError(
@@ -56,6 +59,24 @@ def _autos(config: PreTrainedConfig) -> tuple[Any, ...]:
     if named and "For" not in named and "LMHead" not in named:
         return (AutoModel,)
     return ORDER
+
+
+def changed_config(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A config with other values of some (text) fields, as it comes back from its own JSON.
+
+    Raises:
+        SecateurError: if the config's class does not accept them.
+    """
+    words = copy.deepcopy(config.to_dict())
+    text = config.get_text_config()
+    inner = next((k for k, v in vars(config).items() if v is text), None) if text is not config else None
+    (words if inner is None else words[inner]).update(fields)
+    try:
+        return type(config).from_dict(words)
+    except CONFIG_ERRORS as error:
+        reason = error.__cause__ or error
+        first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+        raise SecateurError(f"a {config.model_type} config cannot say this: {first}", received=dict(fields)) from error
 
 
 def describe_skeleton(model: nn.Module) -> Skeleton:
@@ -158,3 +179,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def differences(wanted: nn.Module, found: nn.Module, path: str) -> str:
+    """The first difference between two skeletons: tensors by name and shape, and what the modules of the
+    blocks know of themselves (numbers, words, switches). Empty if there is none."""
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (wanted, found)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
+            return f"{name} is {shapes[1].get(name)}, not {shapes[0].get(name)}"
+    pairs = zip(wanted.get_submodule(path).named_modules(), found.get_submodule(path).named_modules(), strict=False)
+    for (name, a), (_, b) in pairs:
+        if type(a) is not type(b):
+            return f"{name} is a {type(b).__name__}, not a {type(a).__name__}"
+        for key, value in vars(a).items():
+            if isinstance(value, bool | int | float | str) and not key.startswith("_") and vars(b).get(key) != value:
+                return f"{name}.{key} is {vars(b).get(key)!r}, not {value!r}"
+    return ""
