@@ -93,17 +93,25 @@ class Score(ABC):
         """Importance of every weight: fp32 [out, in]."""
 
     def units(self, site: UnitSite) -> Tensor:
-        """Importance of every unit of a space (``site.space.shape``), by folding the elementwise scores."""
+        """Importance of every unit of a space (``site.space.shape``), by folding the elementwise scores.
+
+        Where no port has one of the score's roles (a whole expert reads and writes), all ports count; a layer
+        (no ports) is the sum of everything in it.
+        """
+        ports = [p for p in site.space.ports if p.tensor in site.matrices]
+        roles = self.roles if any(p.role in self.roles for p in ports) else ("write", "read")
+        touched = {p.tensor for p in ports if p.role in roles} if site.space.ports else set(site.matrices)
         folded: dict[str, Tensor] = {}
         for tensor, matrices in site.matrices.items():
-            parts = [self.score(m, site.evidence[m.name]) for m in matrices]
-            if tensor in site.transposed:
-                parts = [p.T for p in parts]
-            folded[tensor] = torch.stack(parts) if site.tensors[tensor].dim() == 3 else parts[0]
-        if not site.space.ports:  # a whole layer: everything in it
+            if tensor in touched:
+                parts = [self.score(m, site.evidence[m.name]) for m in matrices]
+                if tensor in site.transposed:
+                    parts = [p.T for p in parts]
+                folded[tensor] = torch.stack(parts) if site.tensors[tensor].dim() == 3 else parts[0]
+        if not site.space.ports:
             total = torch.stack([s.double().sum() for s in folded.values()]).sum()
             return (total.abs() if self.reduce == "abs_sum" else total).reshape(1).float()
-        return site.space.fold(folded, self.reduce, self.roles)
+        return site.space.fold(folded, self.reduce, roles)
 
 
 class UnitScore(ABC):
@@ -137,9 +145,13 @@ class Method(ABC):
     def prune_many(
         self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], counts: Sequence[int]
     ) -> list[Keep]:
-        """Several matrices of one block at once; methods that can share work between those that read the same
-        input override it. The result is what ``prune`` gives one by one."""
-        return [self.prune(s, e, c) for s, e, c in zip(sites, evidence, counts, strict=True)]
+        """`prune` for all matrices of a block; a method may share work between those that read the same input."""
+        return [self.prune(s, e, n) for s, e, n in zip(sites, evidence, counts, strict=True)]
+
+    def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor | None:
+        """The survivors' values [out, in] for a mask that was decided elsewhere (a plan that is replayed);
+        None from methods that leave weights as they are."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Grain(ABC):
         each = self.units(shape) // groups
         return groups * amount_within(amount, each)
 
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """Scores of the things that compete, from those of single weights (a tile's is the sum)."""
+        return scores
+
     @abstractmethod
     def select(self, scores: Tensor, count: int) -> Tensor:
         """Booleans of the scores' shape (True stays): exactly ``count`` units, the best ones.
@@ -234,10 +238,14 @@ class Tile(Grain):
     def units(self, shape: Shape) -> int:
         return (shape[0] // self.rows) * (shape[1] // self.columns)
 
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        out, inn = scores.shape
+        tiles = scores.reshape(out // self.rows, self.rows, inn // self.columns, self.columns)
+        return tiles.double().sum((1, 3))
+
     def select(self, scores: Tensor, count: int) -> Tensor:
         self._start(scores, count)
-        out, inn = scores.shape
-        tiles = scores.reshape(out // self.rows, self.rows, inn // self.columns, self.columns).double().sum((1, 3))
+        tiles = self.unit_scores(scores)
         keep = top_rows(tiles.reshape(1, -1), count).reshape(tiles.shape)
         return keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
 

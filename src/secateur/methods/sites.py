@@ -13,7 +13,7 @@ from secateur.engine.distribute import seeded
 from secateur.engine.probes import Evidence, Probe
 from secateur.engine.walk import Visit, site_name
 from secateur.methods.base import MatrixSite, SiteInfo, UnitSite
-from secateur.methods.grains import Grain
+from secateur.methods.grains import Grain, Tile
 
 WHOLE = Space("layer", 1, ())
 """A layer as a space of one unit."""
@@ -49,8 +49,8 @@ def weight_infos(
                         block=block.index,
                         blocks=len(anatomy.blocks),
                         units=units,
-                        cost=m.shape[0] * m.shape[1] / units,
-                        groups=grain.equal_groups(m.shape),
+                        cost=float(grain.cost(m.shape)),
+                        groups=grain.groups(m.shape),
                     )
                 )
     return out
@@ -141,3 +141,12 @@ def stored(matrix: Matrix, parts: Sequence[Tensor]) -> Tensor:
     """[out, in] results of a matrix's sites (several for experts) back in the tensor's stored shape."""
     parts = [p.T for p in parts] if matrix.transposed else list(parts)
     return torch.stack(parts) if matrix.experts else parts[0]
+
+
+def pooled(grain: Grain, scores: Tensor) -> Tensor:
+    """Elementwise scores [out, in] as the scores of what competes: [units] (tiles are sums)."""
+    if not isinstance(grain, Tile):
+        return scores.reshape(-1)
+    out, inn = scores.shape
+    tiles = scores.reshape(out // grain.rows, grain.rows, inn // grain.columns, grain.columns)
+    return tiles.double().sum((1, 3)).float().reshape(-1)

@@ -67,7 +67,7 @@ def top_total(scores: Tensor, count: int) -> Tensor:
     each, extra = divmod(count, rows)
     keep = top_rows(scores, each)
     if extra:
-        best, at = scores.masked_fill(keep, -torch.inf).max(1)
+        best = scores.masked_fill(keep, -torch.inf).amax(1)
         lucky = top_rows(best.unsqueeze(0), extra).squeeze(0).nonzero().squeeze(1)
         first = _first_of(scores, keep, best, lucky)
         keep[lucky, first] = True

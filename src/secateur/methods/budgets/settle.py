@@ -52,3 +52,62 @@ def total_count(sites: Sequence[SiteInfo], keep: Amount) -> int:
             )
         return kept
     return sum(uniform_count(site, keep) for site in sites)
+
+
+def settle(sites: Sequence[SiteInfo], wishes: Sequence[float], total: int) -> dict[str, int]:
+    """Counts next to the wishes: multiples of each site's groups, between its minimum and its units, adding up
+    to ``total``.
+
+    Whole groups are handed to (or taken from) whoever is furthest from its wish, the earlier site first. Where
+    no sum of whole groups gives the total exactly, the result stays the least possible below it.
+
+    Raises:
+        SecateurError: the minima alone exceed the total.
+    """
+    steps = [max(site.groups, 1) for site in sites]
+    least = [-(-site.minimum // g) * g for site, g in zip(sites, steps, strict=True)]
+    if sum(least) > total:
+        raise SecateurError(
+            f"at least {sum(least)} units must stay", received=f"{total} to keep", works="keep more of them"
+        )
+    counts = [
+        max(low, min(int(wish) // g * g, site.units))
+        for site, wish, low, g in zip(sites, wishes, least, steps, strict=True)
+    ]
+    left = total - sum(counts)
+    while left:
+        sign = 1 if left > 0 else -1
+        able = [
+            i
+            for i, g in enumerate(steps)
+            if g <= abs(left) and (counts[i] + g <= sites[i].units if left > 0 else counts[i] - g >= least[i])
+        ]
+        if able:
+            at = max(able, key=lambda i: (sign * (wishes[i] - counts[i]) / steps[i], -i))
+            counts[at] += sign * steps[at]
+        elif (pair := _exchange(sites, counts, steps, least, left)) is not None:
+            more, less = pair
+            counts[more] += steps[more]
+            counts[less] -= steps[less]
+        elif left < 0:  # never above what was asked for
+            able = [i for i, g in enumerate(steps) if counts[i] - g >= least[i]]
+            at = min(able, key=lambda i: (steps[i], i))
+            counts[at] -= steps[at]
+        else:
+            break
+        left = total - sum(counts)
+    return {site.name: count for site, count in zip(sites, counts, strict=True)}
+
+
+def _exchange(
+    sites: Sequence[SiteInfo], counts: Sequence[int], steps: Sequence[int], least: Sequence[int], left: int
+) -> tuple[int, int] | None:
+    """Two sites, one to gain and one to lose a group, which together change the total by ``left``."""
+    losers: dict[int, int] = {}
+    for j, g in enumerate(steps):
+        if counts[j] - g >= least[j]:
+            losers.setdefault(g, j)
+    for i, g in enumerate(steps):
+        if counts[i] + g <= sites[i].units and g - left in losers and losers[g - left] != i:
+            return i, losers[g - left]
+    return None

@@ -76,16 +76,18 @@ class SparseGPT(Method):
             answers.update(zip(members, kept, strict=True))
         return [answers[at] for at in range(len(sites))]
 
+    def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor:
+        """The survivors' values for booleans [out, in] that were decided elsewhere."""
+        if bool(mask.all()):
+            return site.weight
+        weight, factor = _prepare([site], evidence[Gram].gram, self.damping)
+        stays = mask.T.to(weight.device)
+        sweep(weight, factor, lambda a, b, w: stays[a:b], 4 * LEAF)
+        return weight.T.contiguous()
+
     def _prune_group(self, sites: Sequence[MatrixSite], gram: Tensor, counts: Sequence[int]) -> list[Keep]:
-        name = ", ".join(site.name for site in sites)
         rows = [site.weight.shape[0] for site in sites]
-        weight = torch.cat([site.weight.float().T for site in sites], dim=1)  # [in, all rows]
-        if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
-            raise SecateurError(f"{name}: weights are not finite", works="a checkpoint without NaN and Inf")
-        gram = gram.to(weight.device)
-        weight[gram.diagonal() <= 0] = 0  # inputs that never fire: their weights do nothing
-        factor = inverse_factor(gram, self.damping, name)
-        del gram
+        weight, factor = _prepare(sites, gram, self.damping)
         choose, width = self._chooser(rows, weight.shape[0], counts, factor.diagonal().clone())
         keep = sweep(weight, factor, choose, width)
         return [
@@ -116,6 +118,17 @@ class SparseGPT(Method):
             return torch.cat(parts, dim=1)
 
         return choose, blocks.width
+
+
+def _prepare(sites: Sequence[MatrixSite], gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The matrices side by side, transposed [in, all rows], and U of the inputs they share."""
+    name = ", ".join(site.name for site in sites)
+    weight = torch.cat([site.weight.float().T for site in sites], dim=1)
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+        raise SecateurError(f"{name}: weights are not finite", works="a checkpoint without NaN and Inf")
+    gram = gram.to(weight.device)
+    weight[gram.diagonal() <= 0] = 0  # inputs that never fire: their weights do nothing
+    return weight, inverse_factor(gram, damping, name)
 
 
 def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:

@@ -6,14 +6,27 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from secateur.methods.base import Score, UnitScore
+from secateur.methods.scores.activation_norm import ActivationNorm
+from secateur.methods.scores.contribution import Contribution
+from secateur.methods.scores.cosine import BlockInfluence
 from secateur.methods.scores.magnitude import Magnitude
 from secateur.methods.scores.random import Random
+from secateur.methods.scores.ria import Ria
+from secateur.methods.scores.router_mass import RouterMass
+from secateur.methods.scores.taylor import Taylor, TaylorVector
 from secateur.methods.scores.wanda import Wanda
 
 SCORES: Mapping[str, type[Score] | type[UnitScore]] = MappingProxyType(
     {
-        "magnitude": Magnitude,
         "random": Random,
+        "magnitude": Magnitude,
         "wanda": Wanda,
+        "ria": Ria,
+        "contribution": Contribution,
+        "taylor": Taylor,
+        "taylor_vector": TaylorVector,
+        "activation_norm": ActivationNorm,
+        "block_influence": BlockInfluence,
+        "router_mass": RouterMass,
     }
 )

@@ -19,7 +19,7 @@ class Random(Score):
     """Uniform noise, per weight or per unit."""
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
-        return torch.rand(site.weight.shape, generator=site.generator)
+        return torch.rand(site.weight.shape, generator=site.generator).to(site.weight.device)
 
     def units(self, site: UnitSite) -> Tensor:
         # drawn per unit: a sum of many draws would be nearly the same for all of them

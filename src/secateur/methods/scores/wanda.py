@@ -24,4 +24,4 @@ class Wanda(Score):
     roles = ("read",)
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
-        return site.weight.abs() * evidence[InputNorm].norm
+        return site.weight.abs() * evidence[InputNorm].norm.to(site.weight.device)

@@ -1,0 +1,28 @@
+"""Relative contribution: a weight matters by its share in what its output adds up to.
+
+    S_ij = mean over tokens of  |x_j w_ij| / sum_k |x_k w_ik|
+
+Source: Hussien et al. 2024, arXiv 2410.16151. The paper prunes by the distribution of this share over the data
+(its mean and deviation) with a threshold; here the mean ranks and the count is given, a design choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.engine.probes import Contribution as Share
+from secateur.engine.probes import Evidence
+from secateur.methods.base import MatrixSite, Score
+
+
+@dataclass(frozen=True)
+class Contribution(Score):
+    """Mean share of a weight in its output's sum of absolute contributions; folds over ``read`` ports."""
+
+    needs = (Share,)
+    roles = ("read",)
+
+    def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
+        return evidence[Share].share.to(site.weight.device)

@@ -1,0 +1,52 @@
+"""Taylor: what the loss would change by, to first order, if a weight went.
+
+    taylor           S_ij = |w_ij * g_ij|            of units: the sum over their weights
+    taylor_vector    S_u  = |sum over the unit's weights of w * g|        units only
+
+g is the mean gradient of the loss on the calibration text; with ``local: true`` that of the norm of the block's own
+output, which does not need the whole model in memory. Source: Molchanov et al. 2017, arXiv 1611.06440,
+equation 7; on language models Ma et al. 2023 (LLM-Pruner), arXiv 2305.11627, equations 3-5 (element-wise and
+vector-wise, first order).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.engine.probes import Evidence, Gradient, LocalGradient
+from secateur.methods.base import MatrixSite, Score
+
+
+@dataclass(frozen=True)
+class Taylor(Score):
+    """|weight times gradient|, summed over a unit's weights."""
+
+    needs = (Gradient,)
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", (LocalGradient if self.local else Gradient,))
+
+    def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
+        gradient = evidence[LocalGradient if self.local else Gradient].gradient
+        return (site.weight * gradient.to(site.weight.device)).abs()
+
+
+@dataclass(frozen=True)
+class TaylorVector(Score):
+    """|Sum of weight times gradient| over a unit: first-order change of the loss if all of it went; units only."""
+
+    needs = (Gradient,)
+    reduce = "abs_sum"
+    spaces = ("ffn", "kv_group", "head", "expert", "layer")
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", (LocalGradient if self.local else Gradient,))
+
+    def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
+        """Signed products, which only a fold over units makes an importance of."""
+        gradient = evidence[LocalGradient if self.local else Gradient].gradient
+        return site.weight * gradient.to(site.weight.device)
