@@ -1,5 +1,6 @@
 """Numbers with their units, conditions and provenance: ``report.json``, and the page and the card drawn from it."""
 
+from secateur.report.card import card
 from secateur.report.files import read, redraw, write
 from secateur.report.model import (
     Curve,
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "SiteRecord",
     "StepRecord",
+    "card",
     "page",
     "read",
     "redraw",

@@ -93,10 +93,10 @@ def _scalar(hint: Any, value: object, at: str) -> Any:
         if isinstance(value, str) and value in WORDS:
             return WORDS[value]
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return value  # as it came: 3 stays 3
         raise _wrong(at, "a number (or 'inf', '-inf', 'nan')", value)
     names = {int: "a whole number", str: "a text", bool: "true or false"}
-    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+    if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         raise _wrong(at, names[hint], value)
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ def reach(curve: Curve, ratio: float) -> float | None:
     if not points:
         return None
     bound = math.log(points[0].perplexity * ratio)
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         a, b = math.log(before.perplexity), math.log(after.perplexity)
         if not b <= bound:  # catches infinity and not-a-number
             part = (bound - a) / (b - a) if math.isfinite(b) else 0.0
@@ -63,7 +64,7 @@ def _plot(curves: Sequence[Curve], width: int) -> Markup:
         if width > 400 or i % 2 == 0:
             drawn.append(text(x(i / 10), base + 18, percent(i / 10, 0), "t", "middle"))
     drawn.append(line((left, base), (width - right, base), "axis"))
-    drawn.append(text(left - 46, top - 12, "perplexity", "t"))
+    drawn.append(text(left - 54, top - 12, "perplexity", "t"))
     drawn.append(text(width - right, base + 36, "weights removed", "t", "end"))
     for n, curve in enumerate(curves):
         drawn += _line(curve, n, x, y)
@@ -77,12 +78,11 @@ def _bands(curve: Curve, x: Scale, box: tuple[float, float], end: float) -> list
     calm, cliff = reach(curve, CALM), reach(curve, CLIFF)
     edge = x(calm) if calm is not None else end
     drawn.append(rect((x.start, top, edge - x.start, height), "calm"))
-    if edge - x.start > 70:
-        drawn.append(text(x.start + 6, top + 16, f"within {percent(CALM - 1, 0)}", "t calm-word"))
+    if edge - x.start > 80:
+        drawn.append(text((x.start + edge) / 2 + 8, top - 8, f"within {percent(CALM - 1, 0)}", "t calm-word", "middle"))
     if cliff is not None and cliff < x.high:
         drawn.append(rect((x(cliff), top, end - x(cliff), height), "cliff"))
-        if end - x(cliff) > 80:
-            drawn.append(text(x(cliff) + 6, top + 16, "over twice", "t cliff-word"))
+        drawn.append(text(end, top - 8, "over twice", "t cliff-word", "end"))
     return drawn
 
 
@@ -90,11 +90,13 @@ def _line(curve: Curve, n: int, x: Scale, y: Scale) -> list[Markup]:
     points = sorted(curve.points, key=lambda p: p.sparsity)
     at = [(x(p.sparsity), y(p.perplexity)) for p in points]
     drawn = [path(at, f"curve c{n % 3}")] if len(at) > 1 else []
-    if curve.chosen is not None:
-        drawn.append(line((x(curve.chosen), y.end), (x(curve.chosen), y.start), "chosen"))
-        side, anchor = (6.0, "start") if x(curve.chosen) < (x.start + x.end) / 2 else (-6.0, "end")
-        words = f"this run, {percent(curve.chosen)}"
-        drawn.append(text(x(curve.chosen) + side, y.start - 10, words, "v", anchor))
+    if (chosen := curve.chosen) is not None:
+        drawn.append(line((x(chosen), y.end), (x(chosen), y.start), "chosen"))
+        side, anchor = (6.0, "start") if x(chosen) < (x.start + x.end) / 2 else (-6.0, "end")
+        words = f"this run, {percent(chosen)}"
+        near = min(points, key=lambda p: abs(p.sparsity - chosen), default=None)
+        high = near is not None and y(near.perplexity) < (y.start + y.end) / 2
+        drawn.append(text(x(chosen) + side, y.start - 10 if high else y.end + 16, words, "v", anchor))
     first = points[0].perplexity if points else 1.0
     for (px, py), p in zip(at, points, strict=True):
         tip = f"{curve.label}\n{percent(p.sparsity)} removed: perplexity {perplexity(p.perplexity)}"

@@ -51,7 +51,7 @@ def page(report: Report) -> str:
     foot = el(
         "footer",
         {"class": "foot"},
-        "Drawn from report.json by `secateur report`. Numbers are as measured; none was chosen after the fact.",
+        "Drawn from report.json by `secateur report`. Every number in it is in that file.",
     )
     body = el("body", None, sections.HATCH, sections.top(report), main, foot, el("script", None, Markup(js)))
     return f"<!DOCTYPE html>\n{el('html', {'lang': 'en'}, head, body)}\n"

@@ -65,7 +65,7 @@ def _windows(values: list[tuple[float, float]], width: int) -> Markup:
             parts.append(Markup(f'<circle cx="{x:.1f}" cy="{y(value):.1f}" r="{r:.1f}" class="{kind}"/>'))
         drawn.append(mark(tip, parts, rect((x - pitch / 2, top, pitch, height), "hit")))
     drawn.append(line((left, base), (width - right, base), "axis"))
-    drawn.append(text(left - 46, top - 12, "perplexity", "t"))
+    drawn.append(text(left - 54, top - 12, "perplexity", "t"))
     drawn.append(text(width - right, base + 18, "windows of test text, easiest first", "t", "end"))
     return frame(width, base + 26, "Perplexity of each window of the test text", drawn)
 
@@ -95,6 +95,11 @@ def speeds(dense: Latency, pruned: Latency) -> Markup:
     ):
         tip = f"{label}\n{_spread('dense', a)}\n{_spread('pruned', b)}\n{times(a.median / b.median)} as fast"
         groups.append(Group(label, (_bar("dense", a), _bar("pruned", b)), tip))
+    if dense.peak_rss and pruned.peak_rss:
+        was, now = dense.peak_rss, pruned.peak_rss
+        tip = f"Peak memory of the process\ndense {count(was)} bytes\npruned {count(now)} bytes ({change(was, now)})"
+        pair = (Bar("dense", was, short(was, "B")), Bar("pruned", now, short(now, "B")))
+        groups.append(Group("Peak memory of the process", pair, tip))
     return bars(tuple(groups), "Prefill and decoding time of the dense and the pruned model")
 
 

@@ -62,7 +62,7 @@ def _layers(sums: dict[int, dict[str, tuple[float, float]]], width: int) -> Mark
     for tick in nice_ticks(most, 4):
         drawn += [
             line((left, y(tick)), (width - right, y(tick)), "grid"),
-            text(left - 8, y(tick) + 4, short(tick), "t", "end"),
+            text(left - 8, y(tick) + 4, _tick(tick), "t", "end"),
         ]
     every = max(1, math.ceil(22 / pitch))
     for i, (block, parts) in enumerate(sums.items()):
@@ -86,6 +86,12 @@ def _layers(sums: dict[int, dict[str, tuple[float, float]]], width: int) -> Mark
     drawn.append(line((left, base), (width - right, base), "axis"))
     drawn.append(text(width - right, base + 36, "layer", "t", "end"))
     return frame(width, base + 42, "Parameters kept and removed in each layer", drawn)
+
+
+def _tick(value: float) -> str:
+    """1 M rather than 1.00 M."""
+    number, _, unit = short(value).partition(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".rstrip()
 
 
 def _segment(x: float, w: float, y: Scale, levels: tuple[float, float], kind: str) -> Markup:

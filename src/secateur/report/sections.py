@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
-
 from secateur.measure.types import Generation, Measurement
 from secateur.report import curves, plots_measured, plots_where
 from secateur.report.markup import Child, Markup, el
@@ -59,8 +57,9 @@ def tiles(report: Report) -> Markup | None:
             out.append(_tile(f"{units(step.space)} {word}", share, f"{count(gone)} of {count(total)}"))
     dense, pruned = report.dense, report.pruned
     if pruned:
-        out += _measured_tiles(dense, pruned)
-    return el("div", {"class": "tiles"}, out) if out else None
+        out += _measured_tiles(report, dense, pruned)
+    columns = next((n for n in (6, 5, 4, 3) if len(out) % n == 0), 4) if len(out) > 2 else max(len(out), 1)
+    return el("div", {"class": "tiles", "style": f"--columns:{columns}"}, out) if out else None
 
 
 def _tile(label: str, figure: str, note: str) -> Markup:
@@ -69,14 +68,15 @@ def _tile(label: str, figure: str, note: str) -> Markup:
     return el("div", {"class": "tile"}, el("span", None, label), el("b", None, number, small), el("span", None, note))
 
 
-def _measured_tiles(dense: Measurement | None, pruned: Measurement) -> list[Markup]:
+def _measured_tiles(report: Report, dense: Measurement | None, pruned: Measurement) -> list[Markup]:
     out = []
+    ratio = report.comparison.perplexity_ratio if report.comparison else None
     size, was = pruned.size, dense.size if dense else pruned.size
     if pruned.perplexity:
         note = "held-out text"
         if dense and dense.perplexity:
             a, b = dense.perplexity.value, pruned.perplexity.value
-            note = f"dense {perplexity(a)}, {times(b / a)}"
+            note = f"dense {perplexity(a)}, {times(ratio.value if ratio else b / a)}"
         out.append(_tile("perplexity", perplexity(pruned.perplexity.value), note))
     if pruned.divergence:
         kl = f"KL {pruned.divergence.kl:.3f} nats a token"
@@ -91,8 +91,8 @@ def _measured_tiles(dense: Measurement | None, pruned: Measurement) -> list[Mark
     if pruned.latency:
         note = f"on {pruned.latency.threads} threads" if pruned.latency.device == "cpu" else pruned.latency.device
         if dense and dense.latency:
-            a, b = dense.latency.decode_per_token, pruned.latency.decode_per_token
-            note = f"{times(a.median / b.median)} as fast" + (", within spread" if overlap(a, b) else "")
+            slow, quick = dense.latency.decode_per_token, pruned.latency.decode_per_token
+            note = f"{times(slow.median / quick.median)} as fast" + (", within spread" if overlap(slow, quick) else "")
         out.append(_tile("decoding, a token", seconds(pruned.latency.decode_per_token.median), note))
     return out
 
@@ -107,7 +107,7 @@ def balance(report: Report) -> Markup | None:
         for kind, head in (("loss", "What it cost"), ("gain", "What it brought"), ("same", "What stayed the same"))
         if any(e.kind == kind for e in entries)
     ]
-    intro = "Every measured difference. A difference that its interval or spread does not rule out counts as the same."
+    intro = "Every measured difference. Where the interval or the spread allows for none, it counts as the same."
     return _section("The balance", el("p", None, intro), el("div", {"class": "ledger"}, columns))
 
 
@@ -130,18 +130,18 @@ def _where(step: StepRecord, index: int, steps: int) -> list[Child]:
     rows = len(plots_where.by_kind(step))
     said = f"{count(total - gone)} of {count(total)} {units(step.space)} stay"
     said += f", the same share everywhere: {percent(share, 2)}." if share is not None else ", chosen unevenly."
-    if step.words:
-        said = f"{step.words}: {said}" if steps == 1 else f"Step {index + 1}, {step.words}: {said}"
     names = [n for n in plots_where.COMPONENTS if any(n in p for p in plots_where.by_layer(step).values())]
     keys = [el("li", None, el("span", {"class": n}), f"{plots_where.WORDS[n]}, kept") for n in names]
     gone_word = "removed" if step.apply == "cut" else "set to zero"
     keys.append(el("li", None, el("span", {"class": "gone"}), gone_word))
+    number = f"Step {index + 1}. " if steps > 1 else None
     out: list[Child] = [
-        el("p", None, said),
+        el("p", None, number, said),
+        el("p", {"class": "words"}, el("code", None, step.words)) if step.words else None,
         el("figure", None, plots_where.layers(step), el("ul", {"class": "key"}, keys)),
     ]
     if rows > 1 and share is None:
-        caption = "Share kept for each kind of matrix. The darker, the more stayed."
+        caption = "Share kept for each kind of matrix. The stronger the colour, the more stayed."
         out.append(el("figure", None, plots_where.kinds(step), el("figcaption", None, caption)))
     body = [
         [str(block), *[f"{count(round(k))} of {count(round(t))}" for k, t in parts.values()]]
@@ -210,13 +210,13 @@ def generations(report: Report) -> Markup | None:
     if pruned is None or not pruned.generations:
         return None
     others = {g.prompt: g for g in dense.generations} if dense else {}
-    intro = "Greedy continuations of the same prompts. Underlined is what comes after the first difference."
+    intro = "Greedy continuations of the same prompts. What both say before they part is grey."
     return _section("Side by side", el("p", None, intro), [_pair(others.get(g.prompt), g) for g in pruned.generations])
 
 
 def _pair(dense: Generation | None, pruned: Generation) -> Markup:
     columns = []
-    shared = len(commonprefix([dense.text, pruned.text])) if dense else len(pruned.text)
+    shared = _shared(dense.text, pruned.text) if dense else len(pruned.text)
     if dense and dense.text == pruned.text:
         columns.append(el("div", None, el("h3", None, "dense and pruned, word for word"), _said(pruned.text, shared)))
     else:
@@ -227,9 +227,14 @@ def _pair(dense: Generation | None, pruned: Generation) -> Markup:
     return el("div", {"class": "pair"}, prompt, el("div", {"class": "two"}, columns))
 
 
+def _shared(a: str, b: str) -> int:
+    """Characters that two texts have in common from their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _said(text: str, shared: int) -> Markup:
-    rest = el("mark", None, text[shared:]) if text[shared:] else None
-    return el("p", {"class": "said"}, text[:shared], rest)
+    both = el("span", None, text[:shared].lstrip()) if shared else None
+    return el("p", {"class": "said"}, both, text[shared:] if shared else text.lstrip())
 
 
 def _numbers(content: Markup) -> Markup:

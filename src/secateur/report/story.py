@@ -201,6 +201,7 @@ def _speed_entries(a: Latency | None, b: Latency | None, masked: bool) -> list[E
     if a is None or b is None:
         return []
     out = []
+    kind: Literal["gain", "loss"]
     for what, before, after in (
         (f"Prefill of {count(b.prompt_tokens)} tokens", a.prefill, b.prefill),
         ("Decoding, a token", a.decode_per_token, b.decode_per_token),
@@ -210,13 +211,13 @@ def _speed_entries(a: Latency | None, b: Latency | None, masked: bool) -> list[E
         if overlap(before, after):
             out.append(Entry("same", what, figure, f"{ratio} as fast; the spreads overlap"))
         else:
-            kind: Literal["gain", "loss"] = "gain" if after.median < before.median else "loss"
+            kind = "gain" if after.median < before.median else "loss"
             out.append(Entry(kind, what, figure, f"{ratio} as fast"))
     if a.peak_rss and b.peak_rss:
-        ratio = abs(b.peak_rss / a.peak_rss - 1)
-        kind2: Literal["gain", "loss", "same"] = (
-            "same" if ratio < 0.01 else "gain" if b.peak_rss < a.peak_rss else "loss"
-        )
-        figure = f"{short(a.peak_rss, 'B')} → {short(b.peak_rss, 'B')}"
-        out.append(Entry(kind2, "Peak memory", figure, change(a.peak_rss, b.peak_rss)))
+        old, new = short(a.peak_rss, "B"), short(b.peak_rss, "B")
+        if abs(b.peak_rss / a.peak_rss - 1) < 0.01:
+            out.append(Entry("same", "Peak memory", new, "to within one percent"))
+        else:
+            kind = "gain" if b.peak_rss < a.peak_rss else "loss"
+            out.append(Entry(kind, "Peak memory", f"{old} → {new}", change(a.peak_rss, b.peak_rss)))
     return out

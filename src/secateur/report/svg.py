@@ -1,6 +1,6 @@
 """Small SVG parts: a plot's frame, axes, ticks. Colours and type come from the page's style sheet by class.
 
-Every plot is drawn three times, for three widths, and the style sheet shows the one that fits: text in a scaled
+Every plot is drawn four times, for four widths, and the style sheet shows the one that fits: text in a scaled
 drawing would be unreadable on a telephone. Hover texts are ``<title>`` elements, so they work without a script.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from secateur.report.markup import Child, Markup, el
 
-WIDTHS = (("s", 320), ("m", 560), ("l", 900))
+WIDTHS = (("s", 320), ("m", 480), ("l", 720), ("x", 980))
 
 
 def responsive(draw: Callable[[int], Markup]) -> Markup:
-    """The same plot for three widths; a container query picks one."""
+    """The same plot for several widths; a container query picks one."""
     return el("div", {"class": "plot"}, [el("div", {"class": f"fit-{name}"}, draw(width)) for name, width in WIDTHS])
 
 
@@ -79,7 +79,7 @@ def nice_ticks(high: float, most: int) -> list[float]:
 def log_ticks(low: float, high: float, most: int) -> list[float]:
     """1, 2, 5 of each decade between the bounds; only the decades, or fewer, if those are too many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for kinds in ((1, 2, 5), (1, 3), (1,)):
+    for kinds in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         ticks = [m * 10.0**e for e in range(first, last + 1) for m in kinds if low <= m * 10.0**e <= high]
         if len(ticks) <= most:
             return ticks

@@ -43,8 +43,20 @@ def _row(name: str, values: list[float | None], write: Callable[[float], str]) -
     cells = ["—" if v is None else write(v) for v in values]
     first, last = values[0], values[-1]
     if len(values) > 1:
-        cells.append("—" if first is None or last is None or not first else change(first, last))
+        cells.append("—" if first is None or last is None else _difference(first, last, write))
     return [name, *cells]
+
+
+def _difference(first: float, last: float, write: Callable[[float], str]) -> str:
+    """Relative for amounts, in points for shares (a percentage of a percentage misleads)."""
+    if write is _share:
+        points = (last - first) * 100
+        return f"{points:+.1f} points".replace("-", "−") if points else "unchanged"
+    return change(first, last)
+
+
+def _share(value: float) -> str:
+    return percent(value, 2)
 
 
 def _whole(value: float) -> str:
@@ -58,9 +70,9 @@ def _latency(m: Measurement, name: str) -> float | None:
 METRICS: tuple[tuple[str, Callable[[Measurement], float | None], Callable[[float], str]], ...] = (
     ("Perplexity", lambda m: m.perplexity.value if m.perplexity else None, perplexity),
     ("KL divergence, nats a token", lambda m: m.divergence.kl if m.divergence else None, lambda v: f"{v:.4f}"),
-    ("Same next token", lambda m: m.divergence.top1 if m.divergence else None, lambda v: percent(v, 2)),
-    ("Multiple choice, length-normalised", lambda m: m.choices.accuracy_norm if m.choices else None, percent),
-    ("Multiple choice, plain", lambda m: m.choices.accuracy if m.choices else None, percent),
+    ("Same next token", lambda m: m.divergence.top1 if m.divergence else None, _share),
+    ("Multiple choice, length-normalised", lambda m: m.choices.accuracy_norm if m.choices else None, _share),
+    ("Multiple choice, plain", lambda m: m.choices.accuracy if m.choices else None, _share),
     ("Parameters", lambda m: m.size.parameters, _whole),
     ("Non-zero parameters", lambda m: m.size.nonzero, _whole),
     ("Bytes on disk", lambda m: m.size.bytes, _whole),
@@ -84,9 +96,9 @@ def numbers(report: Report) -> Markup | None:
     return el("section", None, el("h2", None, "Every number"), el("div", {"class": "scroll"}, table(heads, rows)), more)
 
 
-def snippet(report: Report) -> str:
-    """Python that loads the result."""
-    where = json.dumps(report.out, ensure_ascii=False)
+def snippet(report: Report, place: str) -> str:
+    """Python that loads the result from ``place``."""
+    where = json.dumps(place, ensure_ascii=False)
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({where})\n"
     if report.loader == "secateur.load":
         return f"import secateur\nfrom transformers import AutoTokenizer\n\nmodel = secateur.load({where})\n{tokenizer}"
@@ -108,7 +120,7 @@ def loading(report: Report) -> Markup:
         None,
         el("h2", None, "Load it"),
         el("p", None, said),
-        el("pre", {"tabindex": "0"}, el("code", None, snippet(report))),
+        el("pre", {"tabindex": "0"}, el("code", None, snippet(report, report.out))),
     )
 
 
