@@ -8,11 +8,11 @@ Opening reads config and headers only, and finds every contradiction between the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ class Store:
         self.blocks = len(model.get_submodule(self.blocks_path))
         self._model = model  # on the meta device, or the model in memory
         self._entries: dict[str, Entry] = {}
-        self._groups: list[convert.Group] = []
+        self._groups: dict[int | None, list[convert.Group]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._absent: set[str] = set()
         self._added_prefix = False
         self._memory: dict[str, Tensor] | None = None
@@ -129,9 +130,12 @@ class Store:
         store = cls(model, origin, dtype)
         store.raw, store.sizes, store._entries = raw, sizes, entries
         found = convert.correspond(model, {name: (e.dtype, e.shape) for name, e in entries.items()})
-        store._groups, store._absent, store._added_prefix = found.groups, found.absent, found.added_prefix
+        store._absent, store._added_prefix = found.absent, found.added_prefix
         store.left_out = tuple(sorted(found.unexpected))
         store._check(found)
+        for group in found.groups:
+            store._groups.setdefault(store.block_of(group.first), []).append(group)
+            store._dtypes.update(dict.fromkeys(group.shapes, entries[group.sources[0][0]].dtype))
         return store
 
     def skeleton(self) -> nn.Module:
@@ -177,8 +181,9 @@ class Store:
 
     def names(self, index: int | None) -> list[str]:
         """Names in memory of a block's stored tensors (None: of everything outside the blocks)."""
-        found = self._memory if self._memory is not None else (n for g in self._groups for n in g.shapes)
-        return [name for name in found if self.block_of(name) == index]
+        if self._memory is not None:
+            return [name for name in self._memory if self.block_of(name) == index]
+        return [name for group in self._groups.get(index, []) for name in group.shapes]
 
     def block_of(self, name: str) -> int | None:
         """The block a name in memory belongs to, or None."""
@@ -191,25 +196,23 @@ class Store:
         """The dtype a tensor (by name in memory) came in. What a GGUF file held comes out as fp32."""
         if self._memory is not None:
             return self._memory[name].dtype
-        for group in self._groups:
-            if name in group.shapes:
-                return self._entries[group.sources[0][0]].dtype
-        raise KeyError(name)
+        return self._dtypes[name]
 
     def bytes_of_block(self, index: int | None) -> int:
         """Bytes of a block (None: of the rest) as stored."""
         if self._memory is not None:
             return sum(self._memory[n].nbytes for n in self.names(index))
-        found = (g for g in self._groups if self.block_of(g.first) == index)
-        return sum(self._entries[n].end - self._entries[n].begin for g in found for n, _ in g.sources)
+        sources = (self._entries[name] for group in self._groups.get(index, []) for name, _ in group.sources)
+        return sum(entry.end - entry.begin for entry in sources)
 
     def to_disk(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by name in memory, whole groups of them, as tensors by name on disk (as they came)."""
         out: dict[str, Tensor] = {}
         rest = dict(tensors)
-        for group in self._groups:
-            if group.converter is None and group.first in rest:
-                out[group.sources[0][0]] = rest.pop(group.first)
+        for block in {self.block_of(name) for name in tensors}:
+            for group in self._groups.get(block, []):
+                if group.converter is None and group.first in rest:
+                    out[group.sources[0][0]] = rest.pop(group.first)
         if rest:
             out |= convert.to_disk(self._model, rest, self._added_prefix)
         return out
@@ -230,7 +233,7 @@ class Store:
                 ghosts = {n: torch.empty_like(self._memory[n], device="meta") for n in self.names(index)}
                 names = list(self.to_disk(ghosts))
             else:
-                names = [n for g in self._groups if self.block_of(g.first) == index for n, _ in g.sources]
+                names = [name for group in self._groups.get(index, []) for name, _ in group.sources]
             for name in names:
                 places = {i for i, word in enumerate(name.split(".")) if word == str(index)}
                 found = places if found is None else found & places
@@ -244,24 +247,15 @@ class Store:
                 kept = value if index is None and not self._copy else value.clone()
                 convert.set_tensor(model, name, kept.to(device=device, dtype=self._target(value.dtype)))
             return
-        with ExitStack() as stack:
-            files: dict[Path, BinaryIO] = {}
+        self._fill(model, self._groups.get(index, []), self._entries, device)
 
-            def read(name: str) -> Tensor:
-                entry = self._entries[name]
-                if entry.file not in files:
-                    files[entry.file] = stack.enter_context(open(entry.file, "rb", buffering=0))
-                value = _read(files[entry.file], entry)
-                _finite(name, value)
-                return value
-
-            try:
-                for group in self._groups:
-                    if self.block_of(group.first) == index:
-                        for name, value in group.convert(self._model, read).items():
-                            convert.set_tensor(model, name, value.to(device, self._target(value.dtype)).contiguous())
-            except OSError as error:
-                raise SecateurError("the weights cannot be read", received=error.strerror or str(error)) from error
+    def _fill(
+        self, model: nn.Module, groups: Sequence[convert.Group], entries: Mapping[str, Entry], device: torch.device
+    ) -> None:
+        with Reader(entries) as read:
+            for group in groups:
+                for name, value in group.convert(self._model, read).items():
+                    convert.set_tensor(model, name, value.to(device, self._target(value.dtype)).contiguous())
 
     def _target(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
@@ -307,16 +301,43 @@ class Store:
                 )
 
 
-def _read(file: BinaryIO, entry: Entry) -> Tensor:
+class Reader:
+    """Reads tensors by name on disk into fresh memory, keeping files open over a block."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.entries = entries
+        self._files: dict[Path, FileIO] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __call__(self, name: str) -> Tensor:
+        """One tensor, checked to be finite."""
+        entry = self.entries[name]
+        try:
+            if entry.file not in self._files:
+                self._files[entry.file] = FileIO(entry.file)
+            value = read_entry(self._files[entry.file], entry)
+        except OSError as error:
+            raise SecateurError(
+                f"cannot read {name!r} from {entry.file}", received=error.strerror or str(error)
+            ) from error
+        _finite(name, value)
+        return value
+
+
+def read_entry(file: FileIO | BufferedReader, entry: Entry) -> Tensor:
     """One tensor's bytes into memory of its own."""
     out = torch.empty(entry.shape, dtype=entry.dtype)
     if out.numel():
-        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.dim() else memoryview(
-            out.reshape(1).view(torch.uint8).numpy()
-        )
+        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         file.seek(entry.begin)
-        while len(view):
-            count = file.readinto(view)  # type: ignore[attr-defined]
+        while view:
+            count = file.readinto(view)
             if not count:
                 raise OSError(f"{entry.file.name} ended early")
             view = view[count:]

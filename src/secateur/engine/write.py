@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,31 +22,13 @@ from torch import Tensor, nn
 
 from secateur.engine.headers import DTYPES, INDEX, SINGLE, Entry, read_header
 from secateur.engine.host.carry import carry_along, merged_config
+from secateur.engine.outcome import Outcome as Outcome
 from secateur.engine.store import RECORD, Store
 from secateur.errors import SecateurError
 
 LARGEST_SINGLE = 5 * 10**9  # bytes; larger checkpoints keep one file per block
 CHUNK = 16 * 2**20
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished step says about itself.
-
-    Attributes:
-        fields: config fields with a new value (``intermediate_size``, ``num_hidden_layers``, ``layer_types``).
-        per_layer: fields by layer index where blocks differ; the global fields then stay dense.
-        sizes: units per block and space that the config has no word for; ``secateur.load`` goes by them.
-        record: everything else that secateur.json holds.
-        files: further files, by name: their bytes, or a file to copy.
-    """
-
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, bytes | Path] = field(default_factory=dict)
 
 
 class StepWriter:
@@ -65,42 +46,48 @@ class StepWriter:
 
     def done(self, index: int) -> bool:
         """Whether a block's file is complete."""
-        return self._block(index).is_file()
+        return self.block_file(index).is_file()
 
     def rest_done(self) -> bool:
         """Whether the file of everything outside the blocks is complete."""
         return (self.work / "rest.safetensors").is_file()
 
-    def write_block(self, index: int, module: nn.Module, position: int | None = None) -> None:
-        """Write one block.
+    def write_block(self, index: int, module: nn.Module) -> None:
+        """Write one block in the dtype it came in, and leave it holding exactly the values that were written.
+
+        So what runs on it next sees what a resumed run will read.
 
         Args:
             index: the block's place in the model it came from.
             module: the block, in any float dtype and at any size.
-            position: its place in the result, where layers before it were dropped.
         """
         path = f"{self.store.blocks_path}.{index}."
-        self._write(self._block(index), path, module.state_dict(), self.store.names(index), index, position)
+        self._write(self.block_file(index), path, module.state_dict(), self.store.names(index))
 
     def write_rest(self, model: nn.Module) -> None:
         """Write everything outside the blocks, tied tensors once."""
-        self._write(self.work / "rest.safetensors", "", model.state_dict(), self.store.names(None), None, None)
+        self._write(self.work / "rest.safetensors", "", model.state_dict(), self.store.names(None))
 
     def finish(self, outcome: Outcome, blocks: Sequence[int] | None = None) -> Path:
-        """Put the final checkpoint together from the files of ``blocks`` (all of them) and the rest.
+        """Put the final checkpoint together.
+
+        Args:
+            outcome: what it says about itself.
+            blocks: the layers that stay, by their numbers so far; they are numbered anew. None: all.
 
         Returns:
             The complete directory, inside ``work``; `publish` moves it into place.
         """
         ready = self.work / "ready"
-        parts = [self._block(i) for i in (range(self.store.blocks) if blocks is None else blocks)]
-        parts.append(self.work / "rest.safetensors")
+        stay = tuple(range(self.store.blocks)) if blocks is None else tuple(blocks)
+        parts = [self._part(index, position) for position, index in enumerate(stay)]
+        parts.append(read_header(self.work / "rest.safetensors").tensors)
         with writing(ready):
             if ready.exists():
                 shutil.rmtree(ready)
             ready.mkdir()
-            if sum(part.stat().st_size for part in parts) < LARGEST_SINGLE:
-                _join(parts, ready / SINGLE)
+            if sum(entry.end - entry.begin for part in parts for entry in part.values()) < LARGEST_SINGLE:
+                _join({name: entry for part in parts for name, entry in part.items()}, ready / SINGLE)
             else:
                 _shards(parts, ready)
             carry_along(self.store.origin, self.store.config, ready)
@@ -114,24 +101,23 @@ class StepWriter:
                     (ready / name).write_bytes(content)
         return ready
 
-    def _block(self, index: int) -> Path:
+    def block_file(self, index: int) -> Path:
+        """Where a block's tensors lie when it is done."""
         return self.work / f"block-{index:05d}.safetensors"
 
-    def _write(
-        self,
-        target: Path,
-        path: str,
-        state: Mapping[str, Tensor],
-        names: Sequence[str],
-        index: int | None,
-        position: int | None,
-    ) -> None:
+    def _part(self, index: int, position: int) -> Mapping[str, Entry]:
+        entries = read_header(self.block_file(index)).tensors
+        if index == position:
+            return entries
+        return {self.store.renumbered(name, index, position): entry for name, entry in entries.items()}
+
+    def _write(self, target: Path, path: str, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
         tensors = {name: state[name.removeprefix(path)] for name in names}
-        tensors = {name: value.detach().to("cpu", self.store.dtype_of(name)) for name, value in tensors.items()}
-        out = self.store.to_disk(tensors)
-        if index is not None and position is not None and position != index:
-            out = {self.store.renumbered(name, index, position): value for name, value in out.items()}
-        write_tensors(target, out)
+        stored = {name: value.detach().to("cpu", self.store.dtype_of(name)) for name, value in tensors.items()}
+        for name, value in tensors.items():
+            if value.dtype != stored[name].dtype:
+                value.detach().copy_(stored[name])
+        write_tensors(target, self.store.to_disk(stored))
 
 
 def work_dir(out: Path) -> Path:
@@ -252,11 +238,8 @@ def _header(table: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _join(parts: Sequence[Path], path: Path) -> None:
-    """One file from many, copied in chunks: memory does not grow with the model."""
-    entries: dict[str, Entry] = {}
-    for part in parts:
-        entries.update(read_header(part).tensors)
+def _join(entries: Mapping[str, Entry], path: Path) -> None:
+    """One file from parts of others, copied in chunks: memory does not grow with the model."""
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, natural(name)))
     with _replacing(path) as file:
         file.write(_header([(name, entries[name].dtype, entries[name].shape) for name in order]))
@@ -281,19 +264,26 @@ def _join(parts: Sequence[Path], path: Path) -> None:
                 source.close()
 
 
-def _shards(parts: Sequence[Path], ready: Path) -> None:
-    """The blocks' files as shards (a second name for each file where the system can), and their index."""
+def _shards(parts: Sequence[Mapping[str, Entry]], ready: Path) -> None:
+    """A shard for each block and one for the rest, and their index.
+
+    A file whose names stay is given a second name where the system can do that, instead of a copy.
+    """
     table: dict[str, str] = {}
     total = 0
     for number, part in enumerate(parts, 1):
         shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        for name, entry in read_header(part).tensors.items():
+        for name, entry in part.items():
             table[name] = shard
             total += entry.end - entry.begin
-        try:
-            os.link(part, ready / shard)
-        except OSError:
-            shutil.copyfile(part, ready / shard)
+        file = next(iter(part.values())).file
+        if read_header(file).tensors.keys() == part.keys():
+            try:
+                os.link(file, ready / shard)
+                continue
+            except OSError:
+                pass  # no second names on this file system
+        _join(part, ready / shard)
     weight_map = {name: table[name] for name in sorted(table, key=natural)}
     write_json(ready / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

@@ -6,10 +6,11 @@ Nothing here reads safetensors weights; a GGUF file can only be read whole, whic
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +125,7 @@ def raw_config(origin: Origin) -> dict[str, Any]:
 
 def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     """A config in memory as JSON data, without what only describes a quantised source or a place."""
-    table = dict(config.to_dict())
+    table = {"architectures": config.architectures, **config.to_diff_dict()}
     for name in ("quantization_config", "_name_or_path", "name_or_path"):
         table.pop(name, None)
     return table
@@ -208,12 +209,13 @@ def read_tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
 
 def load_gguf(origin: Origin) -> nn.Module:
     """The whole model of a GGUF file, dequantised to fp32, with nothing left that calls it quantised."""
-    assert origin.gguf_file is not None
+    config = read_config(origin)
     with quiet():
         model = _built(
             origin,
             lambda: AutoModelForCausalLM.from_pretrained(
                 origin.path,
+                config=config,
                 gguf_file=origin.gguf_file,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
@@ -232,16 +234,13 @@ def load_gguf(origin: Origin) -> nn.Module:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Transformers' progress bars off a standard error that is not a terminal, and its advice always."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _built(origin: Origin, make: Any) -> Any:
