@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from secateur.report.markup import Markup
 from secateur.report.model import SiteRecord, StepRecord
@@ -11,7 +13,9 @@ from secateur.report.numbers import count, percent, short
 from secateur.report.svg import Scale, frame, line, mark, nice_ticks, rect, responsive, text
 
 COMPONENTS = ("attention", "ffn", "other")
-WORDS: Mapping[str, str] = {"attention": "attention", "ffn": "FFN", "other": "whole layer"}
+WORDS: Mapping[str, str] = MappingProxyType({"attention": "attention", "ffn": "FFN", "other": "other"})
+EXPERT = re.compile(r"\[\d+\]|(?<=experts)\.\d+(?=\.)")
+MOST_KINDS = 24
 
 
 def by_layer(step: StepRecord) -> dict[int, dict[str, tuple[float, float]]]:
@@ -28,16 +32,20 @@ def by_layer(step: StepRecord) -> dict[int, dict[str, tuple[float, float]]]:
 def by_kind(step: StepRecord) -> dict[str, dict[int, tuple[int, int]]]:
     """Per kind of site and block: units kept and units that there were, kinds in order of appearance."""
     kinds: dict[str, dict[int, tuple[int, int]]] = {}
-    for s in step.sites:
-        row = kinds.setdefault(kind_of(s), {})
+    names = [kind_of(s) for s in step.sites]
+    if len(set(names)) > MOST_KINDS:
+        names = [WORDS.get(s.component, s.component) for s in step.sites]
+    for s, name in zip(step.sites, names, strict=True):
+        row = kinds.setdefault(name, {})
         kept, total = row.get(s.block, (0, 0))
         row[s.block] = (kept + s.kept, total + s.total)
     return kinds
 
 
 def kind_of(site: SiteRecord) -> str:
-    """The row of the map that a site belongs to."""
-    return site.kind or site.component
+    """The row of the map that a site belongs to; all experts share one."""
+    name = site.kind or site.site.partition(f".{site.block}.")[2].removesuffix(".weight") or site.component
+    return EXPERT.sub("", name)
 
 
 def even(step: StepRecord) -> float | None:

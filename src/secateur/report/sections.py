@@ -33,17 +33,21 @@ def top(report: Report) -> Markup:
 def hero(report: Report) -> Markup:
     """The headline, what it cost and brought, and the numbers to remember."""
     chips = [
-        el("li", None, f"{slot} ", el("b", None, part))
-        for step in report.steps
-        for slot, part in (("space", step.space), *(step.chain or {"method": step.method}).items())
+        el("ul", {"class": "chips"}, [el("li", None, f"{slot} ", el("b", None, part)) for slot, part in parts])
+        for parts in ((("space", s.space), *(s.chain or {"method": s.method}).items()) for s in report.steps)
     ]
     return el(
         "div",
         {"class": "hero"},
-        el("h1", None, title(report)),
-        el("p", {"class": "lead"}, " ".join(lead(report))),
-        el("ul", {"class": "chips"}, chips) if chips else None,
+        el("h1", None, _tight(title(report))),
+        el("p", {"class": "lead"}, _tight(" ".join(lead(report)))),
+        chips,
     )
+
+
+def _tight(words: str) -> str:
+    """Keeps a number and its percent sign on one line."""
+    return words.replace(" %", "\u00a0%")
 
 
 def tiles(report: Report) -> Markup | None:
@@ -118,13 +122,28 @@ def _entry(entry: Entry) -> Markup:
 
 def where(report: Report) -> Markup | None:
     """Where the weights went, layer by layer, for each step."""
-    steps = [s for s in report.steps if s.sites]
-    if not steps:
+    if not any(s.sites for s in report.steps):
         return None
-    return _section("Where the weights went", *[_where(s, report.steps.index(s), len(report.steps)) for s in steps])
+    parts = [
+        _where(s, f"Step {i}. " if len(report.steps) > 1 else "") for i, s in enumerate(report.steps, 1) if s.sites
+    ]
+    return _section("Where the weights went", parts, _untouched(report))
 
 
-def _where(step: StepRecord, index: int, steps: int) -> list[Child]:
+def _untouched(report: Report) -> Markup | None:
+    """The parameters that no step could choose, so that shares of the weights are not read as shares of the model."""
+    first = next(s for s in report.steps if s.sites)
+    if report.dense is None or first is not report.steps[0]:
+        return None
+    rest = report.dense.size.parameters - sum(s.parameters for s in first.sites)
+    if rest <= 0:
+        return None
+    share = percent(rest / report.dense.size.parameters)
+    words = "The first step" if len(report.steps) > 1 else "This"
+    return el("p", None, f"{words} leaves the model's other {count(rest)} parameters ({share}) as they are.")
+
+
+def _where(step: StepRecord, number: str) -> Markup:
     gone, total = removed(step)
     share = plots_where.even(step)
     rows = len(plots_where.by_kind(step))
@@ -134,7 +153,6 @@ def _where(step: StepRecord, index: int, steps: int) -> list[Child]:
     keys = [el("li", None, el("span", {"class": n}), f"{plots_where.WORDS[n]}, kept") for n in names]
     gone_word = "removed" if step.apply == "cut" else "set to zero"
     keys.append(el("li", None, el("span", {"class": "gone"}), gone_word))
-    number = f"Step {index + 1}. " if steps > 1 else None
     out: list[Child] = [
         el("p", None, number, said),
         el("p", {"class": "words"}, el("code", None, step.words)) if step.words else None,
@@ -150,7 +168,7 @@ def _where(step: StepRecord, index: int, steps: int) -> list[Child]:
     heads = ["layer", *[f"{plots_where.WORDS[n]} parameters" for n in names]]
     if all(len(row) == len(heads) for row in body):
         out.append(_numbers(table(heads, body)))
-    return out
+    return el("div", {"class": "step"}, out)
 
 
 def quality(report: Report) -> Markup | None:

@@ -123,10 +123,9 @@ def _speed(a: Latency, b: Latency, masked: bool) -> str:
     if overlap(a.decode_per_token, b.decode_per_token):
         why = ", because ordinary kernels multiply zeros too" if masked else " that this measurement can tell"
         return f"It does not decode faster{why} ({times(before / after)}, within the spread)."
-    word = "faster" if after < before else "slower"
-    note = "; zeros alone should not change it, so take this as a property of the machine" if masked else ""
+    note = ". Zeros alone should not change that, so take it as noise of the machine" if masked else ""
     return (
-        f"Decoding is {times(max(before, after) / min(before, after))} {word} "
+        f"It decodes {times(before / after)} and reads a prompt {times(a.prefill.median / b.prefill.median)} as fast "
         f"({seconds(before)} to {seconds(after)} a token){note}."
     )
 
