@@ -1,4 +1,8 @@
-"""Secateur prunes neural networks, large language models first. Importing it is quick and patches nothing."""
+"""Secateur prunes neural networks, large language models first. Importing it is quick and patches nothing.
+
+All verbs live in `secateur.run`. `measure` and `report` are not repeated here because the rooms of those names
+are: ``secateur.measure`` is a package whatever was imported first.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,8 @@ if TYPE_CHECKING:
     from secateur.recipe import Step as Step
     from secateur.recipe import TextSpec as TextSpec
     from secateur.run import inspect as inspect
-    from secateur.run import measure as measure
     from secateur.run import plan as plan
     from secateur.run import prune as prune
-    from secateur.run import report as report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,17 +27,15 @@ __all__ = [
     "TextSpec",
     "inspect",
     "load",
-    "measure",
     "plan",
     "prune",
-    "report",
 ]
 
 _HOME = (
     ("secateur.errors", ("SecateurError",)),
     ("secateur.recipe", ("Recipe", "Step", "TextSpec")),
     ("secateur.engine.checkpoint", ("load",)),
-    ("secateur.run", ("inspect", "measure", "plan", "prune", "report")),
+    ("secateur.run", ("inspect", "plan", "prune")),
 )
 
 

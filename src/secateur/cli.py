@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    args = _parser().parse_args(words)
+    try:
+        args = _parser().parse_args(words)
+    except SystemExit:  # --help and --version
+        sys.stdout.flush()
+        raise
     with contextlib.redirect_stdout(sys.stderr), _watched() as progress:  # stdout is for the result alone
         data, reason = args.verb(args, progress)
     if args.json:
@@ -330,8 +334,10 @@ def _print(data: dict[str, Any]) -> None:
     from secateur.printing import page
 
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-    for part in page(data):
-        console.print(part)
+    with console.capture() as text:  # rich would end the process on a closed pipe
+        for part in page(data):
+            console.print(part)
+    sys.stdout.write(text.get())
 
 
 def _say(text: str) -> None:

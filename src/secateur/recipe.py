@@ -61,7 +61,8 @@ class Recipe:
         object.__setattr__(self, "steps", tuple(self.steps))
         if not (self.steps or self.plan) or not all(isinstance(step, Step) for step in self.steps):
             raise SecateurError(
-                "the recipe has no steps", works="steps: [{space: weight, score: wanda, sparsity: 0.5}] works"
+                "nothing says what to prune (no steps)",
+                works="--space weight --score wanda --sparsity 0.5, or steps: [...] in a recipe",
             )
         for step in self.steps:
             if step.space == "expert" and step.apply == "mask":
