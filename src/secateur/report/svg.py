@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from secateur.report.markup import Child, Markup, el
 
+LONGEST = 44
 WIDTHS = (("s", 320), ("m", 480), ("l", 720), ("x", 980))
 
 
@@ -27,7 +28,8 @@ def frame(width: int, height: float, label: str, *children: Child) -> Markup:
 
 
 def text(x: float, y: float, words: str, kind: str = "t", anchor: str = "start") -> Markup:
-    """Text at a baseline; ``kind`` is a class of the style sheet."""
+    """Text at a baseline, cut to what a plot has room for; ``kind`` is a class of the style sheet."""
+    words = words if len(words) <= LONGEST else words[: LONGEST - 1] + "…"
     return el("text", {"x": x, "y": y, "class": kind, "text-anchor": None if anchor == "start" else anchor}, words)
 
 
