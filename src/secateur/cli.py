@@ -68,6 +68,8 @@ def _run(words: list[str]) -> int:
         raise
     with contextlib.redirect_stdout(sys.stderr), _watched() as progress:  # stdout is for the result alone
         data, reason = args.verb(args, progress)
+    if not data:  # not the first of several processes: that one speaks
+        return 0
     if args.json:
         sys.stdout.write(json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
     else:
