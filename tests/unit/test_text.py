@@ -100,7 +100,7 @@ def test_what_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SecateurError, match="`datasets` is not installed"):
         documents("allenai/c4:en")
-    with pytest.raises(SecateurError, match="too small.*received: 0"):
+    with pytest.raises(SecateurError, match=r"too small.*received: 0"):
         TextSource(samples=0)
 
 

@@ -13,7 +13,8 @@ are counted as they are. Normalisations, activations and rotary embeddings are n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def observe(model: nn.Module) -> Observed:
     training = model.training
     model.eval()
     try:
-        with watch:
+        with _idle_experts(model), watch:
             out: Any = model(input_ids=torch.zeros(1, PROBE, dtype=torch.long, device=device), use_cache=True)
     except (RuntimeError, NotImplementedError, TypeError):
         return Observed((), 0)
@@ -134,6 +135,24 @@ def observe(model: nn.Module) -> Observed:
         windows = [None] * len(watch.per_layer)
     attention = tuple(Attended(n, w) for n, w in zip(watch.per_layer, windows, strict=True))
     return Observed(attention, kv // PROBE)
+
+
+@contextmanager
+def _idle_experts(model: nn.Module) -> Iterator[None]:
+    """Let experts hand their input through: which expert gets which token is unknown on the meta device, and
+    neither attention nor cache depends on it."""
+    idle = [m for m in model.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
+    idle = [m for m in idle if not isinstance(m, nn.Conv1d)]
+    before = [m.__dict__.get("forward") for m in idle]
+    try:
+        for module in idle:
+            module.__dict__["forward"] = lambda hidden, *_, **__: hidden
+        yield
+    finally:
+        for module, forward in zip(idle, before, strict=True):
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
 
 
 class _Products(TorchFunctionMode):

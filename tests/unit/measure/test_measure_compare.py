@@ -1,0 +1,173 @@
+"""Several models side by side: the parts agree with what each gives alone, and nobody's model is changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measure_toys import bert, llama
+from torch import nn
+
+from secateur.engine.text import documents, pack, test_windows
+from secateur.errors import SecateurError
+from secateur.measure import LatencyOptions, MeasureOptions, Subject, measure
+from secateur.measure.divergence import divergence
+from secateur.measure.perplexity import perplexity
+from secateur.measure.tasks import flatten, tasks
+
+OPTIONS = MeasureOptions(
+    windows=4, length=32, prompts=("the river",), new_tokens=4, latency=LatencyOptions(8, 3, 1, 2, rss=False)
+)
+
+
+def halved(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            w = layer.mlp.down_proj.weight
+            w[w.abs() < w.abs().median()] = 0
+    return model
+
+
+def test_the_parts_are_those_of_each_model_alone(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"context": "the", "choices": ["river", "thread"], "label": 0}\n' * 3)
+    dense, pruned = llama(), halved(llama())
+    options = MeasureOptions(**{**OPTIONS.__dict__, "choices": tmp_path / "c.jsonl"})
+    (a, b), (compared,) = measure([Subject("dense", dense, tokenizer), Subject("pruned", pruned, tokenizer)], options)
+    w = test_windows(pack(tokenizer, documents("builtin", "test")), 4, 32)
+    assert a.perplexity == perplexity(dense, w, text="builtin")
+    assert b.perplexity == perplexity(pruned, w, text="builtin")
+    assert a.divergence is None
+    assert b.divergence == divergence(dense, pruned, w)
+    assert compared.perplexity_ratio is not None
+    assert compared.perplexity_ratio.value == pytest.approx(b.perplexity.value / a.perplexity.value)
+    assert compared.perplexity_ratio.low < compared.perplexity_ratio.value < compared.perplexity_ratio.high
+    assert a.size.nonzero - b.size.nonzero == pytest.approx(32 * 48, abs=2)
+    assert a.choices is not None
+    assert a.choices.items == 3
+    assert compared.choices_difference is not None
+    assert compared.choices_difference.value == pytest.approx(b.choices.accuracy_norm - a.choices.accuracy_norm)
+    assert a.latency is not None
+    assert compared.prefill_speedup == a.latency.prefill.median / b.latency.prefill.median
+    assert compared.decode_speedup == a.latency.decode_per_token.median / b.latency.decode_per_token.median
+    assert [len(m.generations) for m in (a, b)] == [1, 1]
+    assert (a.model, b.model, a.notes, b.notes) == ("dense", "pruned", (), ())
+
+
+def test_loaders_are_called_once_and_give_the_same(tokenizer: Any) -> None:
+    models = [llama(), halved(llama()), llama(3)]
+    alive: list[int] = []
+
+    def loader(i: int) -> Any:
+        def load() -> nn.Module:
+            alive.append(i)
+            return copy.deepcopy(models[i])
+
+        return load
+
+    names = ("dense", "half", "other")
+    lazy = [Subject(n, loader(i), tokenizer) for i, n in enumerate(names)]
+    eager = [Subject(n, models[i], tokenizer) for i, n in enumerate(names)]
+    options = MeasureOptions(**{**OPTIONS.__dict__, "latency": None})
+    assert measure(lazy, options) == measure(eager, options)
+    assert alive == [0, 1, 2]
+
+
+def test_the_callers_model_stays_as_it_was(tokenizer: Any) -> None:
+    model = llama().train()
+    before = copy.deepcopy(model.state_dict())
+    options = MeasureOptions(windows=1, length=16, dtype="bf16", prompts=())
+    (got,), none = measure([Subject("m", model, tokenizer)], options)
+    assert none == []
+    assert got.size.dtype == got.perplexity.dtype == "bfloat16"
+    assert got.size.bytes == 2 * got.size.parameters
+    assert model.training
+    assert all(torch.equal(t, before[k]) and t.dtype == before[k].dtype for k, t in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_runs_on_the_cpu_and_is_near(tokenizer: Any, dtype: Any) -> None:
+    whole, half = (
+        measure([Subject("m", llama(), tokenizer)], MeasureOptions(windows=2, length=16, dtype=d, prompts=()))[0][0]
+        for d in ("fp32", dtype)
+    )
+    assert math.log(half.perplexity.value) == pytest.approx(math.log(whole.perplexity.value), rel=0.02)
+
+
+def test_what_a_model_cannot_do_becomes_a_note(tokenizer: Any) -> None:
+    (a, b, c), _ = measure(
+        [Subject("dense", llama(), tokenizer), Subject("mute", llama(), None), Subject("bert", bert(), tokenizer)],
+        OPTIONS,
+    )
+    assert a.notes == ()
+    assert b.notes == ("no tokenizer: nothing was measured on text",)
+    assert b.perplexity is None
+    assert b.latency is not None
+    assert len(c.notes) == 1
+    assert "not a causal language model" in c.notes[0]
+    assert c.perplexity is None
+    assert c.latency is None
+    assert c.size.parameters > 0
+
+
+def test_short_texts_and_short_models_are_noted(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("the water of the river and the thread in the forest " * 20)
+    options = MeasureOptions(
+        text=str(path), windows=500, length=64, prompts=(), latency=LatencyOptions(90, 9, rss=False)
+    )
+    (got,), _ = measure([Subject("m", llama(max_position_embeddings=24), tokenizer)], options)
+    assert got.perplexity.length == 24
+    assert got.perplexity.windows == len(pack(tokenizer, [path.read_text()])) // 24
+    assert got.latency.prompt_tokens + got.latency.new_tokens == 24
+    assert [n.split(":")[0].split(" (")[0] for n in got.notes] == [
+        "windows of 24 tokens",
+        f"the text has {got.perplexity.windows} windows of 24 tokens",
+        "timed with a prompt of 15 tokens, as long as the models allow",
+    ]
+    with pytest.raises(SecateurError, match="too short for one window of 5000 tokens"):
+        measure([Subject("m", llama(max_position_embeddings=9000), tokenizer)], MeasureOptions(str(path), length=5000))
+
+
+def test_models_of_another_vocabulary_or_broken(tokenizer: Any) -> None:
+    wide, broken = llama(vocab_size=310), llama()
+    with torch.no_grad():
+        broken.model.norm.weight[0] = math.nan
+    (a, b, c), (first, second) = measure(
+        [Subject("a", llama(), tokenizer), Subject("b", wide, tokenizer), Subject("c", broken, tokenizer)],
+        MeasureOptions(windows=2, length=16, prompts=()),
+    )
+    assert a.perplexity.windows == 2
+    assert b.divergence is None
+    assert "another vocabulary" in b.notes[0]
+    assert first.perplexity_ratio is not None
+    assert c.perplexity.value == math.inf == second.perplexity_ratio.value
+    assert "not finite in 2 of 2" in c.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"dtype": "fp8"}, r"unknown dtype.*bf16, fp16, fp32"),
+        ({"windows": 0}, r"windows is too small.*received: 0"),
+        ({"length": 1}, "length is too small"),
+        ({"length": 8, "stride": 9}, "leaves text out"),
+    ],
+)
+def test_bad_options(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(SecateurError, match=message):
+        MeasureOptions(**words)
+
+
+def test_the_harness_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SecateurError, match=r"received: 'piqa'\).*pip install 'secateur\[tasks\]'"):
+        tasks(llama(), None, ["piqa"])
+    raw = {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_norm,none": 1, "em,strict": 0.25, "sample_len": 3}}
+    assert flatten(raw) == {"piqa/acc": 0.5, "piqa/acc_norm": 1.0, "piqa/em@strict": 0.25, "piqa/sample_len": 3.0}
