@@ -51,10 +51,11 @@ lint: setup
 	$(BIN)/mypy
 
 docs: setup
-	$(BIN)/python benchmarks/docs.py
+	$(BIN)/python benchmarks/methods_table.py
+	$(BIN)/python benchmarks/architectures.py
 
 bench: setup
-	bash benchmarks/bench.sh
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache
