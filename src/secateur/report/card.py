@@ -11,6 +11,7 @@ from secateur.report.numbers import count, percent
 from secateur.report.story import lead, removed, title, units
 from secateur.report.tables import measured, snippet
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#~&])")
 
 
@@ -19,10 +20,11 @@ def card(report: Report, base_model: str | None = None) -> str:
 
     Args:
         report: the finished run's report.
-        base_model: the hub id of the model that was pruned, if it has one; a path is of no use to others.
+        base_model: the hub id (``owner/name``) of the model that was pruned; anything else is left out, because
+            a path is of no use to others.
     """
     front: dict[str, object] = {"library_name": "transformers", "tags": _tags(report)}
-    if base_model:
+    if base_model and HUB_ID.fullmatch(base_model):
         front = {"base_model": base_model, **front}
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     name = plain(re.split(r"[/\\]", report.model.rstrip("/\\"))[-1])

@@ -43,7 +43,8 @@ class StepRecord:
     """One step of the recipe as it was carried out.
 
     Attributes:
-        space, method, apply: in the recipe's words (``weight``, ``sparsegpt``, ``mask``).
+        space, method, apply: in the recipe's words (``weight``, ``sparsegpt``, ``mask``); ``plan``: chosen only,
+            no weight was touched.
         keep: the amount as it was asked for (``0.5``, ``1152``, ``2:4``, ``params=-20%``).
         words: the step on one line, in the recipe's words.
         chain: the parts the method is made of, by slot (score, grain, budget, repair).
@@ -54,7 +55,7 @@ class StepRecord:
     space: str
     method: str
     keep: str
-    apply: Literal["mask", "cut"]
+    apply: Literal["mask", "cut", "plan"]
     words: str = ""
     chain: dict[str, str] = field(default_factory=dict)
     sites: tuple[SiteRecord, ...] = ()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from secateur.measure.types import Generation, Measurement
 from secateur.report import curves, plots_measured, plots_where
 from secateur.report.markup import Child, Markup, el
 from secateur.report.model import Report, StepRecord
 from secateur.report.numbers import change, count, percent, perplexity, seconds, short, times
-from secateur.report.story import Entry, lead, ledger, overlap, removed, title, units
+from secateur.report.story import VERBS, Entry, lead, ledger, overlap, removed, title, units
 from secateur.report.tables import table
 
 HATCH = Markup(
@@ -19,6 +21,8 @@ MARK = Markup(
     '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 22V12"/><path d="M12 15C7 15 5 12 5 8c4 0 7 2 7 7z"/>'
     '<path class="snip" d="M14 9l6-6M15 3.5l5 5"/></svg>'
 )
+
+GONE = MappingProxyType({"cut": "removed", "mask": "set to zero", "plan": "to go"})
 
 
 def top(report: Report) -> Markup:
@@ -56,7 +60,9 @@ def tiles(report: Report) -> Markup | None:
     for step in report.steps:
         gone, total = removed(step)
         if total:
-            word = "removed" if step.apply == "cut" else "zero" if step.space == "weight" else "silenced"
+            word = (
+                VERBS[step.apply].removeprefix("are ") if step.apply != "mask" or step.space == "weight" else "silenced"
+            )
             share = percent(gone / total)
             out.append(_tile(f"{units(step.space)} {word}", share, f"{count(gone)} of {count(total)}"))
     dense, pruned = report.dense, report.pruned
@@ -151,7 +157,7 @@ def _where(step: StepRecord, number: str) -> Markup:
     said += f", the same share everywhere: {percent(share, 2)}." if share is not None else ", chosen unevenly."
     names = [n for n in plots_where.COMPONENTS if any(n in p for p in plots_where.by_layer(step).values())]
     keys = [el("li", None, el("span", {"class": n}), f"{plots_where.WORDS[n]}, kept") for n in names]
-    gone_word = "removed" if step.apply == "cut" else "set to zero"
+    gone_word = GONE[step.apply]
     keys.append(el("li", None, el("span", {"class": "gone"}), gone_word))
     out: list[Child] = [
         el("p", None, number, said),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -20,6 +22,10 @@ UNITS = MappingProxyType(
         "layer": "layers",
     }
 )
+
+VERBS = MappingProxyType({"cut": "are gone", "mask": "are zero", "plan": "would go"})
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "nll")
+UNSURE = "_stderr"  # lm-eval's suffix of a standard error
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ def title(report: Report) -> str:
 def lead(report: Report) -> tuple[str, ...]:
     """What it cost and what it brought, each a sentence, the honest ones about masks included."""
     dense, pruned = report.dense, report.pruned
+    if any(step.apply == "plan" for step in report.steps):
+        return ("This is a plan: it says what would stay, and no weight was touched.",)
     if dense is None or pruned is None:
         return ("The result was not measured against the dense model, so what this cost is not known.",)
     said = [_quality(report, dense, pruned), _weight(dense.size, pruned.size, _masked(report))]
@@ -81,9 +89,9 @@ def _sentence(step: StepRecord) -> str:
     name = units(step.space)
     if not gone:
         return f"All {name} stay."
-    verb = "are gone" if step.apply == "cut" else "are zero" if step.space == "weight" else "are silenced"
+    verb = VERBS[step.apply] if step.apply != "mask" or step.space == "weight" else "are silenced"
     if step.space == "layer" or total < 20:
-        verb = verb.replace("are", "is") if gone == 1 else verb
+        verb = verb.replace("are", "is", 1) if gone == 1 else verb
         return f"{count(gone)} of {count(total)} {name} {verb}."
     share = fraction(gone / total)
     return f"{share[0].upper()}{share[1:]} of the {name} {verb}."
@@ -157,11 +165,22 @@ def _quality_entries(report: Report, dense: Measurement, pruned: Measurement) ->
             low, high = (f"{v * 100:+.1f}".replace("-", "−") for v in (difference.low, difference.high))
             detail += f"; difference {low} to {high} points ({percent(difference.level)} interval)"
         out.append(Entry(kind, "Multiple choice", f"{percent(a)} → {percent(b)}", detail))
-    for task in sorted(dense.tasks.keys() & pruned.tasks.keys()):
-        a, b = dense.tasks[task], pruned.tasks[task]
-        kind = "gain" if b > a else "loss" if b < a else "same"
-        out.append(Entry(kind, task, f"{a:.4g} → {b:.4g}", "one figure, no interval"))
-    return out
+    shared = sorted(dense.tasks.keys() & pruned.tasks.keys())
+    return out + [_task(t, dense.tasks, pruned.tasks) for t in shared if UNSURE not in t]
+
+
+def _task(task: str, dense: Mapping[str, float], pruned: Mapping[str, float]) -> Entry:
+    """A task of the harness; within two joint standard errors (unpaired, so on the safe side) it is the same."""
+    a, b = dense[task], pruned[task]
+    worse = b > a if any(word in task for word in LOWER_IS_BETTER) else b < a
+    name, at, chosen = task.partition("@")
+    error = f"{name}{UNSURE}{at}{chosen}"
+    kind: Literal["gain", "loss", "same"] = "same" if a == b else "loss" if worse else "gain"
+    if error not in dense or error not in pruned:
+        return Entry(kind, task, f"{a:.4g} → {b:.4g}", "no interval")
+    spread = math.hypot(dense[error], pruned[error])
+    kind = "same" if abs(b - a) <= 2 * spread else kind
+    return Entry(kind, task, f"{a:.4g} → {b:.4g}", f"standard error of the difference {spread:.2g}")
 
 
 def _size_entries(a: Size, b: Size, masked: bool) -> list[Entry]:

@@ -108,8 +108,10 @@ def snippet(report: Report, place: str) -> str:
     )
 
 
-def loading(report: Report) -> Markup:
-    """How to load the result, and what for."""
+def loading(report: Report) -> Markup | None:
+    """How to load the result, and with what."""
+    if any(step.apply == "plan" for step in report.steps):
+        return None
     said = (
         "The layers have sizes of their own, which Transformers' loaders cannot rebuild yet; Secateur can."
         if report.loader == "secateur.load"

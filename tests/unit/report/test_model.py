@@ -67,7 +67,7 @@ def test_optional_parts_may_be_missing(masked: Report) -> None:
         (("schema",), True, "schema"),
         (("model",), 3, "report.model must be a text"),
         (("steps",), {}, "report.steps must be a list"),
-        (("steps", 0, "apply"), "melt", "'mask', 'cut'"),
+        (("steps", 0, "apply"), "melt", "'mask', 'cut', 'plan'"),
         (("steps", 0, "sites", 1, "kept"), "many", r"report.steps\[0\].sites\[1\].kept must be a whole number"),
         (("steps", 0, "sites", 1, "kept"), True, "whole number"),
         (("steps", 0, "sites", 1, "kept"), 1.5, "whole number"),

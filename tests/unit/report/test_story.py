@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from secateur.measure.types import Interval
-from secateur.report import Curve, CurvePoint, Report, SiteRecord, StepRecord, card
+from secateur.report import Curve, CurvePoint, Report, SiteRecord, StepRecord, card, page
 from secateur.report.curves import advice, reach
 from secateur.report.numbers import change, count, fraction, percent, perplexity, seconds, short, times
 from secateur.report.story import lead, ledger, title
@@ -32,6 +32,7 @@ def step(space: str, kept: int, total: int, apply: str) -> StepRecord:
         ((step("layer", 22, 30, "cut"),), "8 of 30 layers are gone."),
         ((step("layer", 29, 30, "cut"),), "1 of 30 layers is gone."),
         ((step("weight", 10, 10, "mask"),), "All weights stay."),
+        ((step("weight", 500, 1000, "plan"),), "Half of the weights would go."),
         (
             (step("ffn", 750, 1000, "cut"), step("weight", 500, 1000, "mask")),
             "A quarter of the FFN neurons are gone. Half of the weights are zero.",
@@ -64,6 +65,23 @@ def test_an_interval_that_holds_one_is_no_loss(masked: Report) -> None:
     wide = dataclasses.replace(masked.comparison, perplexity_ratio=Interval(1.01, 0.98, 1.04))
     entry = next(e for e in ledger(dataclasses.replace(masked, comparison=wide)) if e.what == "Perplexity")
     assert entry.kind == "same"
+
+
+def test_tasks_are_judged_by_their_standard_errors(masked: Report) -> None:
+    dense, pruned = masked.measurements
+    before = {"a/acc": 0.6, "a/acc_stderr": 0.02, "w/word_perplexity": 20.0, "b/acc@x": 0.5, "b/acc_stderr@x": 0.01}
+    after = {"a/acc": 0.56, "a/acc_stderr": 0.02, "w/word_perplexity": 18.0, "b/acc@x": 0.4, "b/acc_stderr@x": 0.01}
+    pair = (dataclasses.replace(dense, tasks=before), dataclasses.replace(pruned, tasks=after))
+    found = {e.what: e.kind for e in ledger(dataclasses.replace(masked, measurements=pair)) if "/" in e.what}
+    # 0.04 is within 2 x sqrt(2) x 0.02; 0.1 is not within 2 x sqrt(2) x 0.01; a lower perplexity is better
+    assert found == {"a/acc": "same", "b/acc@x": "loss", "w/word_perplexity": "gain"}
+
+
+def test_a_plan_claims_nothing(masked: Report) -> None:
+    steps = tuple(dataclasses.replace(s, apply="plan") for s in masked.steps)
+    report = dataclasses.replace(masked, steps=steps, measurements=(), comparison=None)
+    assert lead(report) == ("This is a plan: it says what would stay, and no weight was touched.",)
+    assert "from_pretrained" not in page(report)
 
 
 def test_reach_is_exact_on_an_exponential() -> None:
@@ -142,7 +160,7 @@ def test_card(masked: Report) -> None:
 
 def test_card_keeps_paths_and_markup_out(cut: Report) -> None:
     report = dataclasses.replace(cut, model="/home/someone/models/a|b<i>", loader="secateur.load")
-    text = card(report)
+    text = card(report, base_model=report.model)
     assert "base_model" not in text
     assert "/home" not in text
     assert "# a\\|b\\<i\\>, pruned" in text
