@@ -3,7 +3,8 @@
     S_ij = mean over tokens of  |x_j w_ij| / sum_k |x_k w_ik|
 
 Source: Hussien et al. 2024, arXiv 2410.16151. The paper prunes by the distribution of this share over the data
-(its mean and deviation) with a threshold; here the mean ranks and the count is given, a design choice.
+(its mean and deviation) with a threshold; here the mean ranks and the count is given, a design choice. The shares of
+one output add up to 1, so whole experts and layers would all score alike: they are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Contribution(Score):
 
     needs = (Share,)
     roles = ("read",)
+    spaces = ("weight", "ffn", "kv_group", "head")
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
         return evidence[Share].share.to(site.weight.device)
