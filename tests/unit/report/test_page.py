@@ -15,6 +15,8 @@ import pytest
 
 from secateur.measure.types import Measurement, Perplexity
 from secateur.report import Report, page
+from secateur.report.markup import Markup, el
+from secateur.report.tables import measured
 
 VOID = {"meta", "br", "hr", "link", "img", "input", "col", "circle", "path", "line"}
 HOSTILE = "</title></style></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;`${x}`\x00\ud800"
@@ -184,3 +186,23 @@ def test_text_has_contrast_in_both_modes(mode: int) -> None:
         for shape in ("sage", "other", "grey"):  # WCAG 1.4.11, shapes one must see; sage borders on darker green
             low, high = sorted((luminance(colour[back]), luminance(colour[shape])))
             assert (high + 0.05) / (low + 0.05) >= (3.0 if shape != "sage" else 2.2), f"{shape} on {back}"
+
+
+def test_markup_escapes_text_and_attributes() -> None:
+    built = el("p", {"title": '"><b x="', "hidden": True, "lang": None}, "<i>", Markup("<br>"), ["&", 3, None])
+    assert built == '<p title="&quot;&gt;&lt;b x=&quot;" hidden>&lt;i&gt;<br>&amp;3</p>'
+    assert el("rect", {"x": 1.5, "y": 2.0, "width": 0.333}) == '<rect x="1.5" y="2" width="0.33"></rect>'
+
+
+def test_the_table_has_every_number_in_its_row(masked: Report) -> None:
+    rows = {row[0]: row[1:] for row in measured(masked)}
+    assert rows["Bytes on disk"] == ["538,090,408", "538,090,408", "unchanged"]
+    assert rows["Parameters"] == ["134,515,008", "134,515,008", "unchanged"]
+    assert rows["Non-zero parameters"] == ["134,515,001", "81,430,841", "−39.5 %"]
+    assert rows["MACs a token"][0] == "162,826,560"
+    assert rows["KV-cache bytes a token"][1] == "46,080"
+    assert rows["Multiple choice, length-normalised"] == ["68.4 %", "63.1 %", "−5.3 points"]
+    assert rows["Multiple choice, plain"] == ["67.1 %", "62.8 %", "−4.3 points"]
+    assert rows["Same next token"] == ["—", "71.13 %", "—"]
+    assert rows["Prefill"][0] == "812.0 ms"
+    assert rows["Decoding, a token"][0] == "21.3 ms"
