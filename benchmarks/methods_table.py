@@ -28,9 +28,9 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD, "## Scores\n", _table(("`--score`", "what", "spaces", "statistics", "options"), _scores())]
     parts += [_details(SCORES)]
-    parts += ["## Grains\n", _body(inspect.getdoc(grains) or "")]
+    parts += ["## Grains\n", _body(grains.__doc__ or "")]
     parts += ["## Budgets\n", _table(("`--budget`", "what", "looks at scores first", "options"), _budgets())]
-    parts += [_details(BUDGETS), "### protect\n", inspect.getdoc(protected) or ""]
+    parts += [_details(BUDGETS), "### protect\n", protected.__doc__ or ""]
     parts += ["## Joint methods\n", _table(("`--method`", "what", "statistics", "options"), _joint())]
     parts += [_details(METHODS)]
     return "\n".join(part.rstrip() + "\n" for part in parts)
@@ -84,13 +84,13 @@ def _details(table: Mapping[str, type]) -> str:
         names.setdefault(cls.__module__, []).append(name)
     parts = []
     for module, own in names.items():
-        text = inspect.getdoc(sys.modules[module]) or ""
+        text = sys.modules[module].__doc__ or ""
         parts.append(f"### {', '.join(own)}\n\n{_body(text)}")
     return "\n".join(parts)
 
 
 def _body(text: str) -> str:
-    return text.rstrip() + "\n"
+    return text.strip() + "\n"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ A class is one matrix (or one space of one layer). sigma_c is the root mean squa
 for magnitude is the deviation of its weights around zero; lambda need not be searched for: it is an order
 statistic of |w| / sigma_c over all classes.
 
-Source: See et al. 2016, arXiv 1606.09274, section 3.2.
+Source: See et al. 2016, arXiv 1606.09274, the three pruning schemes of section 3.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 with the shift that makes the total what was asked for, and keep_l held within keep - lambda .. keep + lambda.
 
-Source: Yin et al. 2023, arXiv 2310.05175, section 3.2. Deviations: the published code centres keep_l on its
+Source: Yin et al. 2023, arXiv 2310.05175, section 3. Deviations: the published code centres keep_l on its
 unweighted mean over layers, and a lone outlying layer may then leave the band of 2 lambda; here the mean is weighted
 by size so that the total is exact, and the band holds. The mean is exact, the count above M times it is to
 1/2048 of the threshold (scores are seen as a histogram).

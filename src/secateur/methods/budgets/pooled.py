@@ -3,7 +3,7 @@
     keep the best  sum of counts  units over the whole model, or within each layer
 
 Scores of different sites may first be brought to one scale: ``zscore``, (S - mean) / deviation of the site, as
-An et al. 2024 (FLAP), arXiv 2312.11983, section 3.3, standardise theirs; ``rms``, S / root mean square.
+An et al. 2024 (FLAP), arXiv 2312.11983, standardise theirs; ``rms``, S / root mean square.
 With ``cost: true`` units are ranked by score per parameter. Where units of different sites cost different
 numbers of parameters, the total is kept in parameters (never above what was asked for).
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 EXACT = 1 << 16
 SHIFT = 12
+CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,20 @@ class Ranks:
     def of(scores: Tensor) -> Ranks:
         """Count the scores of one site."""
         flat = scores.detach().reshape(-1)
-        shift = 0 if flat.numel() <= EXACT else SHIFT
-        keys, counts = count_keys(order_key(flat.float()) >> shift)
         total = square = 0.0
-        for part in flat.split(1 << 22):  # fp64 copies of a piece at a time
+        bins = torch.zeros(1 << (32 - SHIFT), dtype=torch.int64, device=flat.device) if flat.numel() > EXACT else None
+        for part in flat.split(CHUNK):  # copies of a piece at a time
             wide = part.double()
             total += float(wide.sum())
             square += float(wide.square().sum())
+            if bins is not None:
+                bins += torch.bincount((order_key(part.float()) >> SHIFT) + len(bins) // 2, minlength=len(bins))
+        if bins is None:
+            keys, counts = torch.unique(order_key(flat.float()), return_counts=True)
+        else:
+            at = bins.nonzero().squeeze(1)
+            keys, counts = (at - len(bins) // 2).int(), bins[at]
+        shift = 0 if bins is None else SHIFT
         return Ranks(keys.cpu(), counts.cpu(), shift, flat.numel(), total, square)
 
     @property
@@ -80,19 +88,6 @@ def order_key(values: Tensor) -> Tensor:
     """int32 keys that sort as the float32 values do (-0.0 and 0.0 are one)."""
     bits = (values + 0.0).view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def count_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted distinct keys and how often each occurs."""
-    low, high = (int(k) for k in torch.aminmax(keys)) if keys.numel() else (0, -1)
-    if high - low < max(EXACT, 1 << 20) and keys.numel() > high - low:
-        counts = torch.zeros(high - low + 1, dtype=torch.int64, device=keys.device)
-        for part in keys.split(1 << 22):
-            counts += torch.bincount(part - low, minlength=len(counts))
-        at = counts.nonzero().squeeze(1)
-        return (at + low).int(), counts[at]
-    unique, counts = torch.unique(keys, return_counts=True)
-    return unique, counts
 
 
 @dataclass(frozen=True)

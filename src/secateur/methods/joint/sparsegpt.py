@@ -3,8 +3,8 @@
     error saved by keeping w_ij:   w_ij^2 / [U]_jj^2          U upper, H^-1 = U^T U,  H = X^T X + damping
     after removing w_ij:           w_i,j: -= w_ij / [U]_jj * [U]_j,j:
 
-Source: Frantar & Alistarh 2023, arXiv 2301.00774, equations 3-5 and algorithm 1 (mask by blocks of columns,
-n:m by groups of m).
+Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3 and algorithm 1 (mask by blocks of columns, n:m by
+groups of m).
 
 Deviations: counts are exact (the published code prunes one weight too many per block); damping is relative to
 the mean over inputs that ever fire, so the unit of X^T X does not matter; if H is still not positive

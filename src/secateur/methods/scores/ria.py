@@ -3,7 +3,7 @@
     S_ij = (|w_ij| / sum_k |w_kj|  +  |w_ij| / sum_k |w_ik|) * ||x_j||_2^a        a = 0.5
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
-ICLR 2024 (openreview.net/forum?id=Tr0lPx9woF), equations 2 and 3. Router-weighted in experts, as Wanda.
+ICLR 2024 (preprint doi 10.20944/preprints202310.1487), the definition of RIA. Router-weighted in experts, as Wanda.
 """
 
 from __future__ import annotations

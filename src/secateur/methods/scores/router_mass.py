@@ -2,8 +2,7 @@
 
     S_e = sum over tokens of the router's weight for expert e
 
-Source: the access-frequency baseline that expert pruning is compared with, for instance Lu et al. 2024,
-arXiv 2402.14800; weighted by the router as in Muzio et al. 2024 (SEER-MoE), arXiv 2404.05089 ("soft counting").
+Source: Muzio et al. 2024 (SEER-MoE), arXiv 2404.05089, counting activations of experts weighted by the router.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     taylor_vector    S_u  = |sum over the unit's weights of w * g|        units only
 
 g is the mean gradient of the loss on the calibration text; with ``local: true`` that of the norm of the block's own
-output, which does not need the whole model in memory. Source: Molchanov et al. 2017, arXiv 1611.06440,
-equation 7; on language models Ma et al. 2023 (LLM-Pruner), arXiv 2305.11627, equations 3-5 (element-wise and
-vector-wise, first order).
+output, which does not need the whole model in memory. Source: Molchanov et al. 2017, arXiv 1611.06440
+(first-order criterion); on language models Ma et al. 2023 (LLM-Pruner), arXiv 2305.11627, section 3.2, element-wise
+and vector-wise importance, of which this is the first-order term.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     S_ij = |w_ij| * ||x_j||_2        norm over all calibration tokens
 
 Source: Sun et al. 2023, arXiv 2306.11695, equation 1. In a mixture of experts the token is multiplied by the
-router's weight first, ||g x_j||_2: MoE-Pruner, arXiv 2410.12013, equation 6.
+router's weight first, ||g x_j||_2: Xie et al. 2024 (MoE-Pruner), arXiv 2410.12013. For neurons this is the sum over
+a column of the matrix that reads them (known as Wanda-sp).
 """
 
 from __future__ import annotations
