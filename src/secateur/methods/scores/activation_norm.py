@@ -5,7 +5,8 @@
     layer            S_l = mean over tokens of ||x_out - x_in||_2
 
 h is the input of the matrix that reads the units (``down_proj``, ``o_proj``). Source: Muralidharan et al. 2024
-(Minitron), arXiv 2407.14679, importance of the width axes, L2 over the batch and mean over the sequence. and layers are not in the paper; their form here is a design choice in the same spirit. Routing loses positions, so
+(Minitron), arXiv 2407.14679, importance of the width axes, L2 over the batch and mean over the sequence. Experts
+and layers are not in the paper; their form here is a design choice in the same spirit. Routing loses positions, so
 inside an expert (for its neurons too) the norm is over all tokens that come to it, router-weighted.
 """
 
