@@ -47,6 +47,7 @@ class WalkSettings:
         dtype: precision of the forward passes (weights stay fp32 for whoever prunes them).
         spill: directory for activations that do not fit; None keeps them in memory.
         world: this process among those that share the text.
+        skip: blocks whose evidence nobody needs (they were finished by an earlier run).
         tick: called with the number of batches done, for progress.
     """
 
@@ -56,6 +57,7 @@ class WalkSettings:
     dtype: torch.dtype = torch.float32
     spill: Path | None = None
     world: World = field(default_factory=World)
+    skip: Callable[[int], bool] = lambda index: False
     tick: Callable[[int], None] = lambda n: None
 
 
@@ -152,7 +154,7 @@ def walk(
             source.load_block(model, i, how.device)
             module = blocks[i]
             visit = Visit(block, module, {}, Evidence(block.name))
-            if feed is not None:
+            if feed is not None and not how.skip(i):
                 feed.gather(visit, last=i + 1 == len(anatomy.blocks))
             yield visit
             if feed is not None and not how.dense and i + 1 < len(anatomy.blocks):

@@ -85,7 +85,7 @@ def _answers_tuple(block: nn.Module, hidden: Tensor, call: Call) -> bool:
         return False
     twin = copy.deepcopy(block).to("meta")
     try:
-        out = run_block(twin, hidden[:1].to("meta"), _map(call, lambda t: t.to("meta")))
+        out = run_block(twin, hidden.to("meta"), _map(call, lambda t: t.to("meta")))
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return "tuple" in annotation.lower() and "Tensor |" not in annotation
     return isinstance(out, tuple)

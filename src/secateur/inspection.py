@@ -1,0 +1,100 @@
+"""What `inspect` tells: anatomy, sizes, what can be pruned and what cannot and why. Needs only config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from secateur.anatomy import anatomy_of
+from secateur.anatomy.types import Anatomy
+from secateur.engine.check import check
+from secateur.engine.host.build import describe_skeleton, skeleton_model
+from secateur.engine.host.origin import Origin, read_config
+from secateur.errors import SecateurError
+from secateur.measure.size import size
+from secateur.methods.sites import unit_cost
+
+
+def inspection(origin: Origin, prove: bool) -> dict[str, Any]:
+    """Facts about a model as plain data, in the order they are printed.
+
+    Args:
+        origin: where the model is; its weights are not read.
+        prove: also prove mask = cut = reloaded on a toy copy; adds ``proved`` and, if that failed, ``reason``.
+    """
+    config = read_config(origin)
+    model = skeleton_model(config)
+    out: dict[str, Any] = {"model": origin.given, "family": config.model_type, "class": type(model).__name__}
+    try:
+        anatomy = anatomy_of(describe_skeleton(model))
+    except SecateurError as error:
+        out |= {"anatomy": "none", "parameters": sum(p.numel() for p in model.parameters()), "reason": str(error)}
+        return out | ({"proved": {}} if prove else {})
+    out |= {"anatomy": anatomy.origin, **_sizes(model), "layers": len(anatomy.blocks)}
+    out["tied_embedding"] = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    out["spaces"] = _spaces(anatomy, model)
+    out["refused"] = [{"space": k, "why": v} for k, v in anatomy.refused.items()]
+    if prove:
+        result = check(config)
+        out["proved"] = dict(result.proved)
+        failed = [f"{name}: {result.reasons.get(name, 'not proved')}" for name, ok in result.proved.items() if not ok]
+        useful = any(result.proved.get(name) for name in ("ffn", "expert"))
+        if failed or not useful:
+            why = "; ".join(failed) or "neither ffn nor expert is among what can be pruned"
+            out["reason"] = f"not proved for {config.model_type}: {why}"
+    return out
+
+
+def _sizes(model: nn.Module) -> dict[str, Any]:
+    weighed = size(model)
+    return {
+        "parameters": weighed.parameters,
+        "macs_per_token": weighed.macs_per_token,
+        "macs_context": weighed.context,
+        "kv_bytes_per_token": weighed.kv_bytes_per_token,
+        "dtype": weighed.dtype,
+    }
+
+
+def _spaces(anatomy: Anatomy, model: nn.Module) -> list[dict[str, Any]]:
+    """One row per space: how many units where, what one costs, how a cut of it loads."""
+    rows: list[dict[str, Any]] = []
+    matrices = [m for b in anatomy.blocks for m in b.matrices]
+    total = sum(m.numel for m in matrices)
+    rows.append({"space": "weight", "units": f"{total:,} weights in {len(matrices)} tensors", "apply": "mask"})
+    kv = _kv_bytes(anatomy, model)
+    for name in anatomy.spaces()[1:]:
+        if name == "layer":
+            block = model.get_submodule(anatomy.blocks[0].name)
+            rows.append(
+                {
+                    "space": "layer",
+                    "units": f"{len(anatomy.blocks)} layers",
+                    "parameters_each": sum(p.numel() for p in block.parameters()),
+                    "kv_bytes_each": kv,
+                    "apply": "mask, cut",
+                    "loads_with": "AutoModel",
+                }
+            )
+            continue
+        having = [b for b in anatomy.blocks if name in b.spaces]
+        space = having[0].spaces[name]
+        each = f"{space.copies} x {space.size}" if space.copies > 1 else f"{space.size}"
+        sizes = {b.spaces[name].shape for b in having}
+        rows.append(
+            {
+                "space": name,
+                "units": f"{each} in each of {len(having)} layers" if len(sizes) == 1 else f"in {len(having)} layers",
+                "parameters_each": round(unit_cost(having[0], space, model.get_submodule(having[0].name))),
+                "kv_bytes_each": round(kv / space.size) if name == "kv_group" and kv else 0,
+                "apply": "mask, cut",
+                "loads_with": "AutoModel if uniform, else secateur.load" if space.config else "secateur.load",
+            }
+        )
+    return rows
+
+
+def _kv_bytes(anatomy: Anatomy, model: nn.Module) -> int:
+    """KV cache bytes per token of one layer."""
+    return size(model).kv_bytes_per_token // max(len(anatomy.blocks), 1)

@@ -1,0 +1,122 @@
+"""From a step's words to its parts: score, grain, budget, method."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from secateur.engine.probes import Probe
+from secateur.errors import SecateurError, unknown
+from secateur.methods.base import Budget, Method, Score, UnitScore
+from secateur.methods.budgets import BUDGETS
+from secateur.methods.budgets.component_map import ComponentMap, Rule
+from secateur.methods.budgets.protected import Protected
+from secateur.methods.composed import Composed
+from secateur.methods.grains import Grain, parse_grain
+from secateur.methods.joint import METHODS
+from secateur.methods.legal import check_legal
+from secateur.methods.scores import SCORES
+from secateur.step import Step
+from secateur.words import Choice
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step is made of.
+
+    Attributes:
+        method: chooses; `Composed` for a score.
+        score: the step's score, or None for a joint method.
+        ranking: the score a budget surveys by.
+    """
+
+    method: Method
+    score: Score | UnitScore | None
+    grain: Grain
+    budget: Budget
+    ranking: Score | UnitScore
+
+    @property
+    def needs(self) -> tuple[type[Probe], ...]:
+        """Probes the method itself reads."""
+        return self.method.needs
+
+    @property
+    def survey_needs(self) -> tuple[type[Probe], ...]:
+        """Probes a budget that surveys reads on the dense model."""
+        return self.ranking.needs if self.budget.surveys else ()
+
+
+def parts_of(step: Step) -> Parts:
+    """The parts a step names.
+
+    Raises:
+        SecateurError: an unknown name or option, or a score that is not legal for the space.
+    """
+    grain = parse_grain(step.grain or "unit")
+    budget = budget_of(step)
+    if step.method is not None:
+        choice = step.choice("method")
+        assert choice is not None
+        method = make(choice, METHODS, Method, "method", grain=grain)
+        return Parts(method, None, grain, budget, _ranking(budget, None))
+    choice = step.choice("score")
+    assert choice is not None
+    score = make(choice, SCORES, (Score, UnitScore), "score")
+    check_legal(score, step.space)
+    return Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score))
+
+
+def budget_of(step: Step) -> Budget:
+    """The budget a step names, its map, its protected ends."""
+    if step.map:
+        budget: Budget = ComponentMap(tuple(Rule(r.match, r.amount) for r in step.map))
+    else:
+        choice = step.choice("budget")
+        assert choice is not None
+        budget = make(choice, BUDGETS, Budget, "budget")
+    first, last = step.ends
+    return Protected(budget, first, last) if first or last else budget
+
+
+def _ranking(budget: Budget, score: Score | UnitScore | None) -> Score | UnitScore:
+    if budget.ranking is not None:
+        return budget.ranking()
+    return score if score is not None else SCORES["wanda"]()
+
+
+def make(choice: Choice, table: Mapping[str, Any], kind: Any, word: str, **given: Any) -> Any:
+    """An instance of a table's entry (or of ``module:Class``) with the options of a choice.
+
+    Raises:
+        SecateurError: no such name, module, class or option, or an option of the wrong type.
+    """
+    cls = table[choice.name] if choice.name in table else _imported(choice.name, kind, word, table)
+    known = {f.name.rstrip("_"): f for f in fields(cls)} if hasattr(cls, "__dataclass_fields__") else {}
+    options: dict[str, Any] = {k: v for k, v in given.items() if k in known}
+    for name, value in choice.options:
+        if name not in known or name in given:
+            raise unknown(f"option of {choice.name}", name, [k for k in known if k not in given] or ["(none)"])
+        options[known[name].name] = value
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise SecateurError(f"{word} {choice.name} does not take these options: {error}", received=str(choice)) from None
+
+
+def _imported(name: str, kind: Any, word: str, table: Mapping[str, Any]) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise unknown(word, name, table)
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SecateurError(f"{word} cannot be imported: {error}", received=name, works="my.module:MyScore") from None
+    if not (isinstance(cls, type) and issubclass(cls, kind)):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise SecateurError(
+            f"{word} is not a {' or '.join(k.__name__ for k in kinds)}", received=name, works="subclass it"
+        )
+    return cls

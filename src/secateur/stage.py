@@ -1,0 +1,396 @@
+"""One step carried out: survey if the budget asks, walk the blocks, decide, apply, hand over what was finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur.anatomy import anatomy_of
+from secateur.anatomy.types import Anatomy, Matrix
+from secateur.engine.apply import cut_block, mask_block
+from secateur.engine.distribute import World
+from secateur.engine.gradients import gradients
+from secateur.engine.host.build import describe_skeleton
+from secateur.engine.plan import Plan
+from secateur.engine.probes import Evidence, Gradient, Probe
+from secateur.engine.store import Store
+from secateur.engine.walk import Visit, WalkSettings, walk
+from secateur.errors import SecateurError
+from secateur.methods.base import Amount, Keep, MatrixSite, SiteInfo, UnitScore
+from secateur.methods.composed import Composed
+from secateur.methods.grains import Unit
+from secateur.methods.sites import WHOLE, block_matrices, matrix_sites, pooled, stored, unit_infos, unit_site, weight_infos
+from secateur.parts import Parts, parts_of
+from secateur.step import Step
+
+
+class Sink(Protocol):
+    """Where finished blocks go; the shards of a work directory, or nowhere for a model that stays in memory."""
+
+    def finished(self, index: int) -> bool:
+        """Whether this block was finished by an earlier run (then `restore` gives its weights and plan)."""
+        ...
+
+    def restore(self, model: nn.Module, index: int) -> Plan: ...
+
+    def write(self, index: int, module: nn.Module, plan: Plan, position: int) -> None: ...
+
+
+class Nowhere:
+    """The sink of a model in memory."""
+
+    def finished(self, index: int) -> bool:
+        return False
+
+    def restore(self, model: nn.Module, index: int) -> Plan:
+        raise AssertionError("nothing was finished")
+
+    def write(self, index: int, module: nn.Module, plan: Plan, position: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all steps of a run share.
+
+    Attributes:
+        batches: token ids [batch, length]; called once, and only if a statistic is needed.
+        spill: where activations go that do not fit; None keeps them in memory.
+        tick: told a phase's name, how much is done and how much there is.
+    """
+
+    batches: Callable[[], list[Tensor]]
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    spill: Path | None = None
+    world: World = field(default_factory=World)
+    tick: Callable[[str, int, int], None] = lambda phase, done, total: None
+
+
+@dataclass
+class Outcome:
+    """What a step did.
+
+    Attributes:
+        plan: this step's sites.
+        infos: what the budget knew of them; by name.
+        anatomy: of the model before the step.
+        dropped: indices of layers that were cut out.
+    """
+
+    plan: Plan
+    infos: dict[str, SiteInfo]
+    anatomy: Anatomy
+    dropped: tuple[int, ...] = ()
+
+
+class Stage:
+    """One step on one model. ``model`` is a skeleton that `store` fills block by block."""
+
+    def __init__(self, store: Store, step: Step, number: int, conditions: Conditions) -> None:
+        self.store, self.step, self.number, self.at = store, step, number, conditions
+        self.parts: Parts = parts_of(step)
+        self.model: Any = store.skeleton()
+        self.anatomy = anatomy_of(describe_skeleton(self.model))
+        check_space(self.anatomy, step.space)
+        self.blocks = list(self.model.get_submodule(self.anatomy.path))
+        self.infos = self._infos()
+        if not self.infos:
+            raise SecateurError(
+                f"no {step.space} site is left to prune",
+                received=f"include {list(step.include)}, exclude {list(step.exclude)}",
+                works=f"patterns such as '{self.anatomy.blocks[0].name}*'",
+            )
+        self.gradient: dict[str, Probe] = {}
+
+    def run(self, sink: Sink, replay: Plan | None = None, reweigh: bool = True) -> Outcome:
+        """Carry the step out; every finished block goes to ``sink`` in order.
+
+        Args:
+            replay: booleans decided elsewhere, applied as they are.
+            reweigh: with a replay, recompute the weight updates of a joint method (this reads text).
+        """
+        self.reweigh = reweigh
+        self.store.load_rest(self.model, "cpu")
+        if replay is not None:
+            counts: dict[str, int] = {}
+            self._check_replay(replay)
+        elif self.step.space == "layer":
+            replay, counts = self._choose_layers(), {}
+        else:
+            counts = self.counts()
+        if replay is None and Gradient in self.parts.needs:
+            self.gradient = self._gradients()
+        layers = replay[f"{self.number}/layer/model"] if replay is not None and self.step.space == "layer" else None
+        gone = ~layers if layers is not None and self.step.apply == "cut" else torch.zeros(len(self.blocks)).bool()
+        plan, position = Plan(), 0
+        skip = {i for i in range(len(self.blocks)) if sink.finished(i)}
+        needs = () if len(skip) == len(self.blocks) else self._walk_needs(replay)
+        for visit in self._walk(needs, phase=f"step {self.number + 1}", skip=skip):
+            index = visit.block.index
+            if index in skip:
+                done = sink.restore(self.model, index)
+            else:
+                done = self._prune(visit, counts, replay)
+                self._round(visit)
+                if not gone[index]:
+                    sink.write(index, visit.module, done, position)
+            position += int(not gone[index])
+            plan = Plan.merged([plan, done])
+        if layers is not None and replay is not None:
+            plan = Plan.merged([plan, replay.step(self.number)])
+        dropped = tuple(int(i) for i in gone.nonzero().reshape(-1))
+        return Outcome(plan, {i.name: i for i in self.infos}, self.anatomy, dropped)
+
+    def counts(self, amount: Amount | None = None) -> dict[str, int]:
+        """Grain units kept per site, as the budget allots them (of the step's own amount unless one is given)."""
+        amount = amount if amount is not None else self.step.amount
+        assert amount is not None or self.step.map, "targets become amounts before a stage runs"
+        return self.parts.budget.allot(self.infos, amount or Amount(share=Decimal(1)), self._seen)
+
+    @cached_property
+    def _seen(self) -> dict[str, Any]:
+        """What a surveying budget has seen of every site; the survey runs once."""
+        if not self.parts.budget.surveys:
+            return {}
+        by_name = {i.name: i for i in self.infos}
+        return {name: self.parts.budget.observe(by_name[name], scores) for name, scores in self.survey()}
+
+    def survey(self) -> Iterator[tuple[str, Tensor]]:
+        """Scores of every site on the dense model, in order: the ranking score, folded to the step's grain."""
+        ranking = self.parts.ranking
+        gradient = self._gradients() if Gradient in ranking.needs else {}
+        needs = tuple(p for p in ranking.needs if p is not Gradient)
+        for visit in self._walk(needs, "survey", dense=True, gradient=gradient):
+            yield from self._scores(visit)
+
+    def _scores(self, visit: Visit) -> Iterator[tuple[str, Tensor]]:
+        ranking, step = self.parts.ranking, self.step
+        if step.space == "weight":
+            assert not isinstance(ranking, UnitScore)
+            for site in self._matrix_sites(visit):
+                scores = ranking.score(site, visit.evidence.get(site.name, Evidence(site.name)))
+                yield site.name, pooled(self.parts.grain, scores)
+        else:
+            space = WHOLE if step.space == "layer" else visit.block.spaces.get(step.space)
+            if space is not None:
+                site = unit_site(visit, space, len(self.anatomy.blocks), self.at.seed)
+                yield visit.block.name, ranking.units(site)
+
+    def _choose_layers(self) -> Plan:
+        scores = {name: s for name, s in self.survey()}
+        values = torch.cat([scores[b.name].reshape(-1).double() for b in self.anatomy.blocks])
+        info = self.infos[0]
+        amount = self.step.amount
+        assert amount is not None
+        first, last = self.step.ends
+        count = amount.of(info.units)
+        values[:first], values[info.units - last :] = torch.inf, torch.inf
+        if not max(1, first + last) <= count <= info.units:
+            raise SecateurError(
+                f"{count} of {info.units} layers cannot stay",
+                received=f"keep {self.step.keep}, protect {self.step.protect}",
+                works=f"a count from {max(1, first + last)} to {info.units}",
+            )
+        finite = values.clamp(max=torch.finfo(torch.float32).max)
+        keep = Unit().select(finite, count)
+        return Plan({f"{self.number}/layer/model": keep})
+
+    def _walk_needs(self, replay: Plan | None) -> tuple[type[Probe], ...]:
+        if self.step.space == "layer":
+            return ()
+        if replay is not None and (isinstance(self.parts.method, Composed) or not self.reweigh):
+            return ()
+        return tuple(p for p in self.parts.needs if p is not Gradient)
+
+    def _walk(
+        self,
+        needs: tuple[type[Probe], ...],
+        phase: str,
+        dense: bool = False,
+        gradient: Mapping[str, Probe] | None = None,
+        skip: set[int] | None = None,
+    ) -> Iterator[Visit]:
+        gradient, skip = self.gradient if gradient is None else gradient, skip or set()
+        batches = self.at.batches() if needs else []
+        if needs and len(batches) < self.at.world.size:
+            raise SecateurError(
+                f"{len(batches)} batches of text cannot be split over {self.at.world.size} processes",
+                works="more --samples, or a smaller --batch-size",
+            )
+        mine = len(self.at.world.mine(batches)) if batches else 1
+        n = len(self.anatomy.blocks)
+        total = n * mine if dense or not needs else (2 * n - 1 - len(skip)) * mine
+        done = 0
+
+        def tick(n: int) -> None:
+            nonlocal done
+            done += n
+            self.at.tick(phase, done, total)
+
+        how = WalkSettings(
+            needs, dense, self.at.device, self.at.dtype, self.at.spill, self.at.world, skip.__contains__, tick
+        )
+        for visit in walk(self.model, self.anatomy, self.store, batches, how):
+            if gradient:
+                for name in self._gradient_names(visit):
+                    own = dict(visit.evidence.get(name, Evidence(name)).items())
+                    visit.evidence[name] = Evidence(name, {**own, Gradient: gradient[name]})
+            yield visit
+            if not needs:
+                tick(1)
+
+    def _gradient_names(self, visit: Visit) -> list[str]:
+        return [s.name for s in matrix_sites(visit, visit.block.matrices, len(self.anatomy.blocks), self.at.seed)]
+
+    def _gradients(self) -> dict[str, Probe]:
+        self.at.tick("gradient", 0, 1)
+        return gradients(self.store, self.anatomy, self.at.batches(), self.at.world, self.at.tick)
+
+    def _round(self, visit: Visit) -> None:
+        """Round to the dtype that is written, so that the next block is fed by what a resumed run would read."""
+        for name, value in visit.module.named_parameters():
+            dtype = self.store.dtype_of(f"{visit.block.name}.{name}")
+            if dtype != value.dtype and value.is_floating_point():
+                value.data = value.data.to(dtype).to(value.dtype)
+
+    def _prune(self, visit: Visit, counts: Mapping[str, int], replay: Plan | None) -> Plan:
+        """Decide about one block and apply; returns the block's part of the plan."""
+        if self.step.space == "weight":
+            return self._prune_weights(visit, counts, replay)
+        if self.step.space == "layer":
+            assert replay is not None
+            keep = replay[f"{self.number}/layer/model"][visit.block.index]
+            if self.step.apply == "mask":
+                mask_block(visit.module, visit.block, {"layer": keep})
+            return Plan()
+        space = visit.block.spaces.get(self.step.space)
+        key = f"{self.number}/{self.step.space}/{visit.block.name}"
+        if space is None or (replay is None and visit.block.name not in counts) or (replay and key not in replay):
+            return Plan()
+        if replay is not None:
+            mask = replay[key]
+        else:
+            assert isinstance(self.parts.method, Composed)
+            site = unit_site(visit, space, len(self.anatomy.blocks), self.at.seed)
+            mask = self.parts.method.prune_units(site, counts[visit.block.name]).mask.cpu()
+        change = cut_block if self.step.apply == "cut" else mask_block
+        change(visit.module, visit.block, {self.step.space: mask})
+        return Plan({key: mask})
+
+    def _prune_weights(self, visit: Visit, counts: Mapping[str, int], replay: Plan | None) -> Plan:
+        matrices = block_matrices(visit.block, self.step.include, self.step.exclude)
+        if replay is not None:
+            matrices = [m for m in matrices if self._key(visit, m) in replay]
+        sites = {m: list(matrix_sites(visit, [m], len(self.anatomy.blocks), self.at.seed)) for m in matrices}
+        kept = self._replayed(visit, sites, replay) if replay is not None else self._decided(visit, sites, counts)
+        plan = Plan()
+        for m in matrices:
+            decisions = [kept[s.name] for s in sites[m]]
+            if any(d.weight is not None for d in decisions):
+                new = [s.weight if d.weight is None else d.weight for s, d in zip(sites[m], decisions, strict=True)]
+                visit.module.get_parameter(m.tensor).data.copy_(stored(m, new))
+            mask = stored(m, [d.mask for d in decisions])
+            mask_block(visit.module, visit.block, {"weight": {m.tensor: mask}})
+            plan[self._key(visit, m)] = mask.cpu()
+        return plan
+
+    def _decided(
+        self, visit: Visit, sites: Mapping[Matrix, list[MatrixSite]], counts: Mapping[str, int]
+    ) -> dict[str, Keep]:
+        """Decisions by site name; sites that keep everything are not touched by any method."""
+        out, open_sites = {}, []
+        for m, parts in sites.items():
+            for s in parts:
+                if counts[s.name] == self.parts.grain.units(m.shape):
+                    out[s.name] = Keep(torch.ones(m.shape, dtype=torch.bool, device=s.weight.device))
+                else:
+                    open_sites.append(s)
+        evidence = [visit.evidence.get(s.name, Evidence(s.name)) for s in open_sites]
+        kept = self.parts.method.prune_many(open_sites, evidence, [counts[s.name] for s in open_sites])
+        return out | {s.name: k for s, k in zip(open_sites, kept, strict=True)}
+
+    def _replayed(self, visit: Visit, sites: Mapping[Matrix, list[MatrixSite]], replay: Plan) -> dict[str, Keep]:
+        out = {}
+        for m, parts in sites.items():
+            mask = replay[self._key(visit, m)].to(parts[0].weight.device)
+            for e, s in enumerate(parts):
+                evidence = visit.evidence.get(s.name, Evidence(s.name))
+                own = m.view(mask, e)
+                out[s.name] = Keep(own, self.parts.method.reweigh(s, evidence, own) if self.reweigh else None)
+        return out
+
+    def _key(self, visit: Visit, m: Matrix) -> str:
+        return f"{self.number}/weight/{visit.block.name}.{m.tensor}"
+
+    def _matrix_sites(self, visit: Visit) -> Iterator[MatrixSite]:
+        matrices = block_matrices(visit.block, self.step.include, self.step.exclude)
+        return matrix_sites(visit, matrices, len(self.anatomy.blocks), self.at.seed)
+
+    def _infos(self) -> list[SiteInfo]:
+        step = self.step
+        if step.space == "weight":
+            for block in self.anatomy.blocks:
+                for m in block_matrices(block, step.include, step.exclude):
+                    try:
+                        self.parts.grain.check(m.shape)
+                    except SecateurError as error:
+                        raise SecateurError(
+                            f"{block.name}.{m.tensor}: {error.wrong}", received=error.received, works=error.works
+                        ) from None
+            return weight_infos(self.anatomy, self.parts.grain, step.include, step.exclude)
+        return unit_infos(self.anatomy, step.space, self.blocks, step.include, step.exclude)
+
+    def _check_replay(self, replay: Plan) -> None:
+        expected = set(self.plan_shapes())
+        for key in replay:
+            shape = replay.bits(key).shape
+            if key not in expected or self.plan_shapes()[key] != shape:
+                raise SecateurError(
+                    "the plan does not fit this model",
+                    received=f"{key} of shape {list(shape)}",
+                    works="replay a plan on a checkpoint of the same architecture and sizes",
+                )
+
+    def plan_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every key this step could write, with its shape."""
+        n, space = self.number, self.step.space
+        if space == "layer":
+            return {f"{n}/layer/model": (len(self.anatomy.blocks),)}
+        if space != "weight":
+            return {
+                f"{n}/{space}/{b.name}": b.spaces[space].shape for b in self.anatomy.blocks if space in b.spaces
+            }
+        return {
+            f"{n}/weight/{b.name}.{m.tensor}": _stored_shape(self.blocks[b.index], m.tensor)
+            for b in self.anatomy.blocks
+            for m in b.matrices
+        }
+
+
+def _stored_shape(module: nn.Module, tensor: str) -> tuple[int, ...]:
+    return tuple(module.get_parameter(tensor).shape)
+
+
+def check_space(anatomy: Anatomy, space: str) -> None:
+    """Refuse a space this model does not have, with the reason if the anatomy knows it."""
+    if space not in anatomy.spaces():
+        reason = anatomy.refused.get(space)
+        raise SecateurError(
+            f"{anatomy.family} models cannot be pruned in {space!r}" + (f": {reason}" if reason else ""),
+            received=f"--space {space}",
+            works=f"{', '.join(anatomy.spaces())} can",
+        )
+
+
+def needs_text(parts: Parts, step: Step) -> bool:
+    """Whether carrying a step out reads calibration text."""
+    return bool(parts.needs or parts.survey_needs) or step.at_most_worse is not None

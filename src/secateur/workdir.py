@@ -1,0 +1,180 @@
+"""The working directory beside the output: what an interrupted run leaves, and how the next one takes it up.
+
+    .OUT.secateur-work/
+        lock              held while a run is alive
+        run.json          the recipe and the model's headers: what must not change in between
+        step-0/           block-00003.safetensors, plan-00003.safetensors, ...; a file that is there is complete
+            ready/        the step's finished checkpoint
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.engine.apply import cut_block, mask_block
+from secateur.engine.distribute import World
+from secateur.engine.headers import read_json
+from secateur.engine.host.origin import Origin
+from secateur.engine.plan import Plan
+from secateur.engine.restore import restore_block
+from secateur.engine.store import RECORD
+from secateur.engine.write import StepWriter, work_dir, write_json, writing
+from secateur.errors import SecateurError
+from secateur.recipe import Recipe, diff
+
+
+def fingerprint(origin: Origin) -> str:
+    """What identifies a model's files without reading their weights: names, sizes, headers and the config."""
+    digest = hashlib.sha256()
+    files = [origin.path / origin.gguf_file] if origin.gguf_file else sorted(origin.path.glob("*.safetensors"))
+    for path in [*files, origin.path / "config.json"]:
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with open(path, "rb") as f:
+                digest.update(f.read(1 << 16))
+    return digest.hexdigest()
+
+
+@dataclass
+class Finished:
+    """A result that is already there, made by the same recipe."""
+
+    out: Path
+
+
+def changed_words(old: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Words that differ between a run on record and this recipe."""
+    try:
+        return diff(Recipe.from_words(old), recipe)
+    except SecateurError as error:
+        return [f"the recipe on record cannot be read: {error}"]
+
+
+def finished(out: Path, recipe: Recipe) -> bool:
+    """Whether ``out`` holds this recipe's result.
+
+    Raises:
+        SecateurError: it holds another recipe's.
+    """
+    record = out / RECORD
+    if not record.is_file():
+        return False
+    changes = changed_words(read_json(record).get("recipe", {}), recipe)
+    if changes:
+        raise SecateurError(
+            "the output holds the result of another recipe",
+            received=changes[0],
+            works="repeat the same words with --resume, or give another output (or --overwrite)",
+        )
+    return True
+
+
+@contextmanager
+def opened(out: Path, recipe: Recipe, origin: Origin, resume: bool, overwrite: bool, world: World) -> Iterator[Path]:
+    """The working directory of ``out``, locked; taken up again with ``resume``, otherwise new.
+
+    It stays where it is when the run fails or is interrupted, and is removed by whoever publishes the result.
+
+    Raises:
+        SecateurError: another run is alive there; an interrupted run is there and ``resume`` is not given; the
+            recipe or the model changed since.
+    """
+    work = work_dir(out)
+    if not world.first:
+        world.wait()
+        yield work
+        return
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115 (held as long as the run lives)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SecateurError("another run is writing this output", received=str(out)) from None
+        state = {"recipe": recipe.to_words(), "model": fingerprint(origin)}
+        run = work / "run.json"
+        if run.is_file():
+            _take_up(work, state, recipe, resume, overwrite)
+        if not run.is_file():
+            for part in work.glob("step-*"):
+                shutil.rmtree(part)
+            write_json(run, json.loads(json.dumps(state)))
+        world.wait()
+        yield work
+
+
+def _take_up(work: Path, state: dict[str, Any], recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Decide about an interrupted run's directory: go on with it (leave it), or start afresh (remove run.json)."""
+    try:
+        old = read_json(work / "run.json")
+    except SecateurError:
+        old = {}
+    if resume:
+        changes = changed_words(old.get("recipe", {}), recipe)
+        if changes:
+            raise SecateurError(
+                "the recipe changed since the interrupted run",
+                received=changes[0],
+                works="repeat its words to resume, or leave --resume out and add --overwrite to start afresh",
+            )
+        if old.get("model") != state["model"]:
+            raise SecateurError(
+                "the model's files changed since the interrupted run",
+                received=recipe.model,
+                works="leave --resume out and add --overwrite to start afresh",
+            )
+        return
+    has_work = any(work.glob("step-*/*.safetensors"))
+    if has_work and not overwrite:
+        raise SecateurError(
+            "an interrupted run's work is beside this output",
+            received=str(work),
+            works="add --resume to go on with it, or --overwrite to start afresh",
+        )
+    (work / "run.json").unlink()
+
+
+class BlockSink:
+    """Finished blocks of one step: their plan first, then their weights, which are the point to resume from."""
+
+    def __init__(self, writer: StepWriter, number: int, step_apply: str, world: World) -> None:
+        self.writer, self.number, self.apply, self.world = writer, number, step_apply, world
+        count = writer.store.blocks
+        self.before = frozenset(i for i in range(count) if writer.done(i) and self._plan(i).is_file())
+
+    def finished(self, index: int) -> bool:
+        return index in self.before
+
+    def restore(self, model: nn.Module, index: int) -> Plan:
+        """Put a finished block's weights into the model and return its part of the plan."""
+        from secateur.anatomy import anatomy_of
+        from secateur.engine.host.build import describe_skeleton
+
+        plan = Plan.load(self._plan(index))
+        block = anatomy_of(describe_skeleton(model)).blocks[index]
+        for key in plan:
+            _, space, site = key.split("/", 2)
+            if space not in ("weight", "layer") and site == block.name:
+                change = cut_block if self.apply == "cut" else mask_block
+                change(model.get_submodule(block.name), block, {space: plan[key]})
+        restore_block(self.writer.store, model, self.writer.block_file(index))
+        return plan
+
+    def write(self, index: int, module: nn.Module, plan: Plan, position: int) -> None:
+        if self.world.first:
+            plan.save(self._plan(index))
+            self.writer.write_block(index, module, position)
+
+    def _plan(self, index: int) -> Path:
+        return self.writer.work / f"plan-{index:05d}.safetensors"
