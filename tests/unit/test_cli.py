@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -244,22 +245,22 @@ def run_python(code: str, *argv: str, **env: str) -> subprocess.CompletedProcess
 
 FAILING = """
 import sys, types, secateur
-def prune(*a, **k): raise RuntimeError("inner\\nmatter")
-sys.modules["secateur.run"] = secateur.run = types.SimpleNamespace(prune=prune)
+def inspect(*a, **k): raise RuntimeError("inner\\nmatter")
+sys.modules["secateur.run"] = secateur.run = types.SimpleNamespace(inspect=inspect)
 from secateur.cli import main
 raise SystemExit(main())
 """
 
 
 def test_our_own_failure_is_a_sentence_and_exit_one() -> None:
-    quiet = run_python(FAILING, *PRUNE, "--keep", "0.5")
+    quiet = run_python(FAILING, "inspect", "m")
     assert quiet.returncode == 1 and quiet.stdout == ""
     assert (
         quiet.stderr.count("\n") == 1
         and "RuntimeError: inner matter" in quiet.stderr
         and "SECATEUR_DEBUG=1" in quiet.stderr
     )
-    loud = run_python(FAILING, *PRUNE, "--keep", "0.5", SECATEUR_DEBUG="1")
+    loud = run_python(FAILING, "inspect", "m", SECATEUR_DEBUG="1")
     assert loud.returncode == 1 and "Traceback" in loud.stderr
 
 
@@ -321,6 +322,31 @@ def test_a_reader_that_leaves_is_not_an_error(argv: list[str]) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+WATCHED = """
+import sys, types, secateur
+def prune(recipe, out, how, progress):
+    progress.phase("calibrating", 4); progress.advance(2); progress.advance()
+    return {"out": "x"}
+sys.modules["secateur.run"] = secateur.run = types.SimpleNamespace(prune=prune)
+from secateur.cli import main
+raise SystemExit(main())
+"""
+
+
+def test_progress_is_drawn_only_for_a_terminal_and_never_on_stdout() -> None:
+    argv = [sys.executable, "-c", WATCHED, *PRUNE, "--keep", "0.5", "--json"]
+    piped = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (piped.stdout, piped.stderr) == ('{"out": "x"}\n', "")
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    shown = subprocess.run(argv, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60, env=env)
+    os.close(theirs)
+    drawn = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert shown.stdout == '{"out": "x"}\n'
+    assert "calibrating" in drawn and "3/4" in drawn and "left" in drawn
 
 
 def test_values_for_people() -> None:
