@@ -7,7 +7,8 @@ MACs are those of decoding one token with ``context`` tokens in the cache, head 
     attention, per layer       query heads x (key width + value width) x min(context, window)
 
 Attention and cache are read off one tiny forward pass rather than the config, so models that were cut raggedly
-are counted as they are. Normalisations, activations and rotary embeddings are not counted.
+are counted as they are. Normalisations, activations, rotary embeddings and the recurrences of state-space and
+linear-attention layers are not counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from secateur.measure.types import Size
 
 PROBE = 7  # tokens of the tiny forward pass; a length that is no usual head width
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what a host's forward pass may raise
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
@@ -40,12 +42,11 @@ def size(model: nn.Module, path: Path | None = None, context: int = 1024) -> Siz
     """
     parameters = list(model.parameters())  # tied tensors come once
     seen = observe(model)
-    attention = sum(a.macs(context) for a in seen.attention) if seen.attention else _configured(model, context)
     return Size(
         parameters=sum(p.numel() for p in parameters),
         nonzero=sum(p.numel() if p.is_meta else int(torch.count_nonzero(p)) for p in parameters),
         bytes=stored_bytes(model, path),
-        macs_per_token=linear_macs(model) + attention,
+        macs_per_token=linear_macs(model) + sum(a.macs(context) for a in seen.attention),
         kv_bytes_per_token=seen.kv_bytes,
         context=context,
         dtype=str(parameters[0].dtype).removeprefix("torch."),
@@ -114,7 +115,7 @@ class Observed:
 def observe(model: nn.Module) -> Observed:
     """Run a few tokens and look at the attention products and the cache.
 
-    Models whose forward pass cannot run here (some experts on the meta device) show nothing.
+    A model whose forward pass cannot run here (some on the meta device) is taken at its config's word.
     """
     device = next(model.parameters()).device
     watch = _Products()
@@ -123,18 +124,23 @@ def observe(model: nn.Module) -> Observed:
     try:
         with _idle_experts(model), watch:
             out: Any = model(input_ids=torch.zeros(1, PROBE, dtype=torch.long, device=device), use_cache=True)
-    except (RuntimeError, NotImplementedError, TypeError):
-        return Observed((), 0)
+    except REFUSALS:
+        return _configured(model)
     finally:
         model.train(training)
     layers = getattr(getattr(out, "past_key_values", None), "layers", None) or []
     layers = [x for x in layers if isinstance(getattr(x, "keys", None), Tensor)]
-    kv = sum(x.keys.numel() * x.keys.element_size() + x.values.numel() * x.values.element_size() for x in layers)
+    kv = sum(_per_token(t) for x in layers for t in (x.keys, x.values))
     windows = [getattr(x, "sliding_window", None) for x in layers]
     if len(windows) != len(watch.per_layer):
         windows = [None] * len(watch.per_layer)
     attention = tuple(Attended(n, w) for n, w in zip(watch.per_layer, windows, strict=True))
-    return Observed(attention, kv // PROBE)
+    return Observed(attention or _configured(model).attention, kv)  # BLOOM's products are fused with its biases
+
+
+def _per_token(cached: Tensor) -> int:
+    """Bytes of one token in [batch, heads, tokens, width]; a short sliding window may hold fewer than were seen."""
+    return cached.numel() * cached.element_size() // max(1, cached.shape[-2]) if cached.dim() > 1 else 0
 
 
 @contextmanager
@@ -180,14 +186,17 @@ class _Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _configured(model: nn.Module, context: int) -> int:
-    """Attention MACs from the config, where no forward pass could be watched."""
+def _configured(model: nn.Module) -> Observed:
+    """What the config says of attention and cache, where no forward pass could be watched."""
     config = _text_config(model)
-    heads, hidden = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
-    if not heads or not isinstance(heads, int):
-        return 0
-    width = getattr(config, "head_dim", None) or hidden // heads
-    return 2 * heads * width * context * getattr(config, "num_hidden_layers", 0)
+    layers, heads, hidden = (
+        n if isinstance(n := getattr(config, name, 0), int) else 0
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    width = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    cached = 2 * layers * groups * width * next(model.parameters()).element_size()
+    return Observed((Attended(2 * heads * width),) * layers, cached)
 
 
 def _text_config(model: nn.Module) -> Any:

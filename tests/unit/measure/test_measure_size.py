@@ -9,7 +9,7 @@ import torch
 from measure_toys import VOCABULARY, bert, gpt2, llama, mixtral
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from secateur.measure.size import observe, size, stored_bytes
 
@@ -77,7 +77,8 @@ def test_a_layer_that_was_cut_is_counted_as_it_is() -> None:
     assert got.kv_bytes_per_token == (2 * 16 + 2 * 8) * 4
 
 
-def test_a_sliding_window_bounds_attention() -> None:
+@pytest.mark.parametrize("window", [4, 16])
+def test_a_sliding_window_bounds_attention_and_not_the_bytes_of_a_token(window: int) -> None:
     config = MistralConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -85,12 +86,13 @@ def test_a_sliding_window_bounds_attention() -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=16,
+        sliding_window=window,
     )
     model = MistralForCausalLM(config).eval()
-    at = {c: size(model, context=c).macs_per_token for c in (8, 16, 500)}
-    assert at[16] - at[8] == 2 * 4 * 16 * 8
-    assert at[500] == at[16]
+    at = {c: size(model, context=c).macs_per_token for c in (window // 2, window, 500)}
+    assert at[window] - at[window // 2] == 2 * 4 * 16 * (window // 2)
+    assert at[500] == at[window]
+    assert size(model).kv_bytes_per_token == 2 * 2 * 16 * 4
 
 
 def test_zeros_of_either_sign_are_zeros() -> None:
@@ -113,6 +115,23 @@ def test_a_skeleton_without_weights_is_weighed_the_same() -> None:
         bare = make().to("meta")
         bare.tie_weights()  # moving a parameter unties it
         assert size(bare) == size(make())
+
+
+def test_a_forward_pass_that_fails_leaves_the_configs_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    want = size(llama(), context=100)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not here")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refuse)
+    assert size(llama(), context=100) == want
+
+
+def test_attention_in_another_form_is_taken_from_the_config() -> None:
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    got = size(BloomForCausalLM(config), context=10)
+    assert got.macs_per_token == 2 * (12 * 32 * 32 + 4 * 16 * 10) + HEAD
+    assert got.kv_bytes_per_token == 2 * 2 * 32 * 4
 
 
 def test_training_mode_is_left_alone() -> None:
