@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from secateur.measure.types import Measurement, Perplexity
-from secateur.report import Report, page
+from secateur.report import Report, SiteRecord, StepRecord, page
 from secateur.report.markup import Markup, el
+from secateur.report.plots_where import by_kind, kinds
 from secateur.report.tables import measured
 
 VOID = {"meta", "br", "hr", "link", "img", "input", "col", "circle", "path", "line"}
@@ -206,3 +207,21 @@ def test_the_table_has_every_number_in_its_row(masked: Report) -> None:
     assert rows["Same next token"] == ["—", "71.13 %", "—"]
     assert rows["Prefill"][0] == "812.0 ms"
     assert rows["Decoding, a token"][0] == "21.3 ms"
+
+
+def test_the_map_adds_experts_up_and_darkens_with_the_share() -> None:
+    sites = tuple(
+        SiteRecord(f"model.layers.{b}.mlp.experts.{e}.up.weight", b, "ffn", 10 * b + e, 100, 100)
+        for b in range(8)
+        for e in range(3)
+    )
+    step = StepRecord("weight", "x", "0.4", "mask", sites=sites)
+    assert by_kind(step) == {"mlp.experts.up": {b: (30 * b + 3, 300) for b in range(8)}}
+    drawn = kinds(step)
+    cells = re.findall(
+        r"<title>Layer (\d), mlp.experts.up\n(\d+) of 300 stay [^<]*</title><rect [^>]*heat h(\d)", drawn
+    )
+    assert {(int(b), int(k)) for b, k, _ in cells} == {(b, 30 * b + 3) for b in range(8)}
+    levels = [int(level) for _, _, level in cells[:8]]
+    assert levels == sorted(levels)
+    assert levels[0] < levels[-1]
