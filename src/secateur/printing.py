@@ -110,14 +110,15 @@ def page(data: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def cell(value: Any, key: str = "") -> str:
-    """One value as text: bytes as MB, counts with thin groups, shares and ratios with three digits."""
+    """One value as text: bytes with a unit, counts in groups of three, shares and ratios with three digits."""
     match value:
         case None:
             return "–"
         case bool():
             return "yes" if value else "no"
         case int() if "bytes" in key or key == "peak_rss":
-            return f"{value:,} B" if value < 10_000 else f"{value / 1e6:,.1f} MB"
+            unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= 10 * s), ("B", 1))
+            return f"{value:,} B" if size == 1 else f"{value / size:,.1f} {unit}"
         case int():
             return f"{value:,}"
         case float():

@@ -350,7 +350,12 @@ def test_progress_is_drawn_only_for_a_terminal_and_never_on_stdout() -> None:
 
 
 def test_values_for_people() -> None:
-    assert cell(134515008) == "134,515,008" and cell(90_000_000, "bytes") == "90.0 MB" and cell(None) == "–"
+    assert (
+        cell(134515008) == "134,515,008"
+        and cell(90_000_000, "bytes") == "90.0 MB"
+        and cell(46080, "kv_bytes") == "46.1 kB"
+        and cell(None) == "–"
+    )
     assert cell(25.1742) == "25.17" and cell(True) == "yes" and cell({"a": 1, "b": None}) == "a 1"
     assert plain({"p": Path("x"), "n": float("nan"), "d": Decimal("0.5"), "t": (1, 2)}) == {
         "p": "x",
