@@ -19,7 +19,7 @@ from secateur.anatomy import anatomy_of
 from secateur.anatomy.types import Block
 from secateur.engine.apply import cut, updated_config
 from secateur.engine.host.build import describe_skeleton, skeleton_model
-from secateur.engine.host.origin import quiet, resolve
+from secateur.engine.host.origin import Origin, quiet, resolve
 from secateur.engine.outcome import Outcome, outcome_of
 from secateur.engine.ragged import ORDER
 from secateur.engine.store import Store
@@ -32,19 +32,19 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
 
     Args:
         path: a directory, a ``.gguf`` file, ``smollm2`` or a hub id.
-        dtype: of float weights; None: as they are stored.
+        dtype: of float weights; None: what the config says, as in Transformers.
         device: where the weights go.
 
     Raises:
         SecateurError: anything wrong with the files; see `Store.open`.
     """
     store = Store.open(resolve(path), dtype)
+    store.dtype = dtype or store.usual_dtype()
     model: Any = store.skeleton()
     store.load_whole(model, device)
-    if store.origin is not None and store.origin.kind == "directory" and model.can_generate():
-        if (store.origin.path / "generation_config.json").is_file():
-            with quiet():
-                model.generation_config = GenerationConfig.from_pretrained(store.origin.path)
+    if isinstance(store.origin, Origin) and (store.origin.path / "generation_config.json").is_file():
+        with quiet():
+            model.generation_config = GenerationConfig.from_pretrained(store.origin.path)
     return model.eval()
 
 

@@ -8,7 +8,8 @@ Opening reads config and headers only, and finds every contradiction between the
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -245,7 +246,7 @@ class Store:
                 value = self._memory[name]
                 _finite(name, value)
                 kept = value if index is None and not self._copy else value.clone()
-                convert.set_tensor(model, name, kept.to(device=device, dtype=self._target(value.dtype)))
+                convert.set_tensor(model, name, kept.to(device=device, dtype=self._target(name, value.dtype)))
             return
         self._fill(model, self._groups.get(index, []), self._entries, device)
 
@@ -255,10 +256,24 @@ class Store:
         with Reader(entries) as read:
             for group in groups:
                 for name, value in group.convert(self._model, read).items():
-                    convert.set_tensor(model, name, value.to(device, self._target(value.dtype)).contiguous())
+                    convert.set_tensor(model, name, value.to(device, self._target(name, value.dtype)).contiguous())
 
-    def _target(self, dtype: torch.dtype) -> torch.dtype:
-        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+    def _target(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        if self.dtype is None or not dtype.is_floating_point:
+            return dtype
+        return torch.float32 if self._kept_wide(name) else self.dtype
+
+    @cached_property
+    def _kept_wide(self) -> Callable[[str], bool]:
+        return convert.kept_wide(self._model, self.dtype or torch.float32)
+
+    def usual_dtype(self) -> torch.dtype:
+        """What Transformers loads this model as when it is not told: the config's dtype, else most weights' own."""
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        stored = self._dtypes.values() if self._memory is None else (v.dtype for v in self._memory.values())
+        floats = Counter(dtype for dtype in stored if dtype.is_floating_point)
+        return floats.most_common(1)[0][0] if floats else torch.float32
 
     def _check(self, found: convert.Correspondence) -> None:
         """Config against headers: shapes, kinds, missing tensors, and tensors of layers the config does not have."""

@@ -133,9 +133,7 @@ def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
         source: the input's directory, which is never written to.
         overwrite: replace a directory that Secateur wrote.
     """
-    if source is not None and (
-        out.resolve() == source.resolve() or out.resolve() in source.resolve().parents
-    ):
+    if source is not None and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):
         raise SecateurError("the output would replace the input", received=str(out), works="give another directory")
     if out.is_file() or (out.is_symlink() and not out.exists()):
         raise SecateurError("the output is not a directory", received=str(out), works="give another name")

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -161,6 +162,15 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     parameter = nn.Parameter(value, requires_grad=value.is_floating_point())
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     module._parameters[leaf] = parameter
+
+
+def kept_wide(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which tensors (by name in memory) the architecture keeps in fp32 when the others are loaded as ``dtype``."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: False
+    pattern, _, _ = build_glob_alternation(list(plan))
+    return lambda name: pattern.search(name) is not None
 
 
 def _try(group: Group, model: Any, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:

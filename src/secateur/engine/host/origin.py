@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -198,9 +198,7 @@ def read_tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
     options: dict[str, Any] = {"gguf_file": origin.gguf_file} if origin.gguf_file else {}
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(
-                origin.path, trust_remote_code=origin.trust_remote_code, **options
-            )
+            return AutoTokenizer.from_pretrained(origin.path, trust_remote_code=origin.trust_remote_code, **options)
         except UNBUILDABLE as error:
             raise SecateurError(
                 "the tokenizer cannot be read", received=_first_line(error), works="fetch the tokenizer files again"
@@ -281,12 +279,12 @@ def _packaged() -> Path:
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
 
+    unreachable = (OSError, ValueError, *HfHubHTTPError.__bases__)  # its base class is the HTTP library's own
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FETCHED)))
-    except (OSError, ValueError, HFValidationError, httpx.HTTPError) as error:
+    except unreachable as error:
         raise SecateurError(
             "no such directory or file, and the hub does not answer with such a model",
             received=repository,
