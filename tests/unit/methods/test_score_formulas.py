@@ -95,6 +95,16 @@ def test_ria_entry_by_entry() -> None:
             assert float(got[i, j]) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["wanda", "ria"])
+def test_inputs_that_never_fire_come_last(name: str) -> None:
+    w, x = torch.randn(3, 4), torch.randn(7, 4)
+    x[:, 1] = 0
+    got = SCORES[name]().score(site(w), heard(InputNorm(), x, None))
+    assert float(got[:, 1].max()) < 1e-6 * float(got[:, [0, 2, 3]].min())
+    unheard = SCORES["wanda"]().score(site(w), heard(InputNorm(), torch.zeros(0, 4), None))
+    assert torch.equal(unheard.argsort(1), w.abs().argsort(1))
+
+
 def test_ria_with_exponent_0_ignores_activations() -> None:
     w = torch.randn(3, 4)
     scores = [Ria(a=0).score(site(w), heard(InputNorm(), torch.randn(7, 4), None)) for _ in range(2)]

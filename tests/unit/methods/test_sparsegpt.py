@@ -131,6 +131,13 @@ def test_inputs_that_never_fire_lose_their_weights() -> None:
     assert np.array_equal(got.mask.numpy(), keep)
 
 
+def test_an_expert_that_no_token_reached_keeps_its_largest_weights() -> None:
+    w = case(6, 12)[0]
+    got = SparseGPT(Matrix()).prune(site(w), heard(torch.zeros(0, 12)), 36)
+    assert torch.equal(got.mask, Matrix().select(w.abs(), 36))
+    assert torch.equal(got.weight, w * got.mask)
+
+
 def test_matrices_of_one_input_are_pruned_together_as_one_by_one() -> None:
     w, x = case(9, 12)
     seen, other = heard(x), heard(case(1, 12, seed=9)[1])

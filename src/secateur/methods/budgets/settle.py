@@ -74,18 +74,9 @@ def settle(sites: Sequence[SiteInfo], wishes: Sequence[float], total: int) -> di
         max(low, min(int(wish) // g * g, site.units))
         for site, wish, low, g in zip(sites, wishes, least, steps, strict=True)
     ]
-    left = total - sum(counts)
+    left = _hand_out(sites, wishes, counts, steps, least, total - sum(counts))
     while left:
-        sign = 1 if left > 0 else -1
-        able = [
-            i
-            for i, g in enumerate(steps)
-            if g <= abs(left) and (counts[i] + g <= sites[i].units if left > 0 else counts[i] - g >= least[i])
-        ]
-        if able:
-            at = max(able, key=lambda i: (sign * (wishes[i] - counts[i]) / steps[i], -i))
-            counts[at] += sign * steps[at]
-        elif (pair := _exchange(sites, counts, steps, least, left)) is not None:
+        if (pair := _exchange(sites, counts, steps, least, left)) is not None:
             more, less = pair
             counts[more] += steps[more]
             counts[less] -= steps[less]
@@ -95,8 +86,31 @@ def settle(sites: Sequence[SiteInfo], wishes: Sequence[float], total: int) -> di
             counts[at] -= steps[at]
         else:
             break
-        left = total - sum(counts)
+        left = _hand_out(sites, wishes, counts, steps, least, total - sum(counts))
     return {site.name: count for site, count in zip(sites, counts, strict=True)}
+
+
+def _hand_out(
+    sites: Sequence[SiteInfo],
+    wishes: Sequence[float],
+    counts: list[int],
+    steps: Sequence[int],
+    least: Sequence[int],
+    left: int,
+) -> int:
+    """Give (or take, if ``left`` is negative) one group at a time without overshooting; returns what is left."""
+    sign = 1 if left > 0 else -1
+    moved = True
+    while left and moved:
+        moved = False
+        for at in sorted(range(len(steps)), key=lambda i: (-sign * (wishes[i] - counts[i]) / steps[i], i)):
+            step = steps[at]
+            room = counts[at] + step <= sites[at].units if sign > 0 else counts[at] - step >= least[at]
+            if room and step <= sign * left:
+                counts[at] += sign * step
+                left -= sign * step
+                moved = True
+    return left
 
 
 def _exchange(

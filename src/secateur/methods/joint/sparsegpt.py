@@ -7,8 +7,9 @@ Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3 and algorithm 1 (ma
 groups of m).
 
 Deviations: counts are exact (the published code prunes one weight too many per block); damping is relative to
-the mean over inputs that ever fire, so the unit of X^T X does not matter; if H is still not positive
-definite, damping is raised tenfold a few times. U comes from one Cholesky factorisation of H taken from the last
+the mean over inputs that ever fire, so the unit of X^T X does not matter; if H is still not positive definite,
+damping is raised tenfold a few times; where no token was seen at all (an expert that was never chosen), H is taken
+as the identity, which keeps the largest weights. U comes from one Cholesky factorisation of H taken from the last
 column backwards and one triangular inverse, instead of two factorisations and an inverse.
 """
 
@@ -127,7 +128,9 @@ def _prepare(sites: Sequence[MatrixSite], gram: Tensor, damping: float) -> tuple
     if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
         raise SecateurError(f"{name}: weights are not finite", works="a checkpoint without NaN and Inf")
     gram = gram.to(weight.device)
-    weight[gram.diagonal() <= 0] = 0  # inputs that never fire: their weights do nothing
+    silent = gram.diagonal() <= 0
+    if not bool(silent.all()):  # an expert that no token reached keeps its largest weights instead of none
+        weight[silent] = 0  # inputs that never fire: their weights do nothing
     return weight, inverse_factor(gram, damping, name)
 
 

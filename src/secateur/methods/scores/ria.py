@@ -35,4 +35,5 @@ class Ria(Score):
         tiny = torch.finfo(w.dtype).tiny  # a row or column of zeros has no shares: 0, not 0/0
         relative = w / w.sum(1, keepdim=True).clamp_min(tiny)
         relative += w / w.sum(0, keepdim=True).clamp_min(tiny)
-        return relative * evidence[InputNorm].norm.to(w.device) ** self.a
+        # inputs that never fire (an expert that no token reached) come last, by share instead of all equal
+        return relative * evidence[InputNorm].norm.clamp_min(1e-20).to(w.device) ** self.a

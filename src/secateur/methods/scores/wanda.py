@@ -25,4 +25,6 @@ class Wanda(Score):
     roles = ("read",)
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
-        return site.weight.abs() * evidence[InputNorm].norm.to(site.weight.device)
+        # inputs that never fire (an expert that no token reached) come last, by magnitude instead of all equal
+        norm = evidence[InputNorm].norm.clamp_min(1e-20)
+        return site.weight.abs() * norm.to(site.weight.device)
