@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secateur.anatomy import gpt2, llama, mixtral
+from secateur.anatomy.derive import derive
 from secateur.anatomy.family import Family, build
 from secateur.anatomy.types import Anatomy, Block, Matrix, Port, Skeleton, Space
 from secateur.errors import SecateurError
@@ -24,6 +25,9 @@ def anatomy_of(skeleton: Skeleton) -> Anatomy:
     """
     if skeleton.family in FAMILIES:
         return build(FAMILIES[skeleton.family], skeleton, "declared")
+    guess = derive(skeleton)
+    if guess is not None:
+        return build(guess, skeleton, "derived")
     raise SecateurError(
         f"the architecture {skeleton.family!r} is not declared and has no parallel plan to derive an anatomy from",
         works="`secateur inspect MODEL --check` says what a model of another family offers",

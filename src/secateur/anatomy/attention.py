@@ -38,6 +38,7 @@ class Attention:
         fused: ``split`` (three matrices), ``parts`` (all queries, then keys, then values), or ``groups``
             (for each KV group its queries, its key, its value: NeoX, BLOOM, Falcon).
         head_dim: True if the config can say the head size, so that fewer heads have a word.
+        norms, out_norms: norms over queries and keys, and over what ``o`` reads.
         positional: the reason why heads are not interchangeable (ALiBi slopes), or "".
         extra: tensors with one entry per query head (sinks), modules with an output per head entry (gates).
     """
@@ -56,6 +57,7 @@ class Attention:
         ("query_layernorm", "key_layernorm"),
         ("q_ln", "k_ln"),
     )
+    out_norms: tuple[str, ...] = ("attn_sub_norm",)
     extra: tuple[str, ...] = ("sinks", "gate_proj", "g_proj")
 
     def at(self, leaf: str) -> str:
@@ -100,6 +102,8 @@ class Attention:
         try:
             if self.positional:
                 raise Unfit(self.positional)
+            if look.on("alibi") or look.on("attn_config", "alibi"):
+                raise Unfit(ALIBI)
             h = self.heads(look)
             group = self._kv_group(look, h)
             head = self._head(look, h)
@@ -171,6 +175,10 @@ class Attention:
             ports += found
             if keys:
                 ports += look.norm(self.at(k), h.groups * h.key, h.groups, h.key)
+        for name in self.out_norms:
+            found = look.norm(self.at(name), h.queries * h.value, h.queries, h.value * (h.per_group if keys else 1))
+            stride = 0 if keys or h.groups == 1 else h.per_group * h.value
+            ports += tuple(Port(p.tensor, p.axis, p.role, p.width, copy_stride=stride) for p in found)
         return ports
 
     def _extra(self, look: Look, h: Heads, per_unit: int) -> tuple[Port, ...]:
@@ -192,4 +200,53 @@ class Attention:
         return {name: ConfigRule(fixed=h.key)}
 
 
-WIDTHS = ("embed_dim", "split_size", "all_head_size", "inner_dim")
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent attention (DeepSeek): queries, keys and values of all heads unfolded from shared latents.
+
+    Attributes:
+        module: the attention module.
+        q: where the queries of all heads come out; the first that is present counts.
+        kv, o: where keys and values of all heads come out, and what reads the heads.
+        extra: as for `Attention`.
+    """
+
+    module: str = "self_attn"
+    q: tuple[str, ...] = ("q_b_proj", "q_proj")
+    kv: str = "kv_b_proj"
+    o: str = "o_proj"
+    extra: tuple[str, ...] = ("sinks", "gate_proj", "g_proj")
+
+    def at(self, leaf: str) -> str:
+        return f"{self.module}.{leaf}"
+
+    def names(self) -> tuple[str, ...]:
+        """The matrices that must be there."""
+        return (self.at(self.kv), self.at(self.o))
+
+    def spaces(self, look: Look) -> tuple[dict[str, Space], dict[str, str]]:
+        """The ``head`` space; the latent is one for all heads, so there are no KV groups to remove."""
+        why = {"kv_group": "all heads share one latent"}
+        q = next((self.at(n) for n in self.q if look.has(self.at(n))), None)
+        value = look.attribute(self.module, ("v_head_dim",)) or look.number("v_head_dim")
+        if q is None or not value or look.ins(self.at(self.o)) % value:
+            return {}, why | {"head": "its heads are not known"}
+        n = look.ins(self.at(self.o)) // value
+        made = [q, self.at(self.kv), *(self.at(e) for e in self.extra if look.has(self.at(e)))]
+        if any(look.outs(m) % n for m in made):
+            return {}, why | {"head": f"its shapes are not whole numbers of {n} heads"}
+        ports: tuple[Port, ...] = ()
+        for m in made:
+            ports += look.writes(m, look.outs(m) // n)
+        for e in self.extra:
+            if self.at(e) in look.tensors and look.shape(self.at(e)) == (n,):
+                ports += (Port(self.at(e), 0, "write"),)
+        ports += look.reads(self.at(self.o), value)
+        sizes = look.sizes(self.module, {k: (n, 1) for k in ("num_heads", "num_attention_heads", "n_heads")})
+        config = look.field(QUERY_FIELDS) | (look.field(KV_FIELDS) if look.number(*KV_FIELDS) else {})
+        return {"head": Space("head", n, ports, sizes=sizes, config=config)}, why
+
+
+ALIBI = "ALiBi slopes depend on a head's number"
+WIDTHS = ("embed_dim", "split_size", "all_head_size", "inner_dim", "hidden_size")

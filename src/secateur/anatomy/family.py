@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from secateur.anatomy.attention import Attention
+from secateur.anatomy.attention import Attention, Latent
 from secateur.anatomy.ffn import Experts, Ffn
 from secateur.anatomy.look import Look
 from secateur.anatomy.types import Anatomy, Block, Component, ConfigRule, Matrix, Skeleton, Space
 
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
+CROSS = ("encoder_attn.", "crossattention.", "cross_attn.")
 ROUTERS = ("gate", "router", "wg", "router_proj", "shared_expert_gate", "shared_experts_gate", "classifier")
 
 
@@ -23,13 +24,17 @@ class Family:
         ffn: descriptions of feed-forward parts and mixtures of experts, tried in order; a shared expert
             beside a mixture is named in ``shared``.
         shared: modules that write to the residual stream beside the mixture of experts.
+        mixers: modules that write to it in the place of attention or beside it (a convolution, a state space).
+        alone: True if each layer has one part only, attention or feed-forward.
         layer: the reason why layers cannot be removed, or "".
-        note: what ``ffn`` does not cover.
+        refused: spaces that the family does not allow, with the reason.
     """
 
-    attention: tuple[Attention, ...] = ()
+    attention: tuple[Attention | Latent, ...] = ()
     ffn: tuple[Ffn | Experts, ...] = ()
     shared: tuple[str, ...] = ()
+    mixers: tuple[str, ...] = ()
+    alone: bool = False
     layer: str = ""
     refused: tuple[tuple[str, str], ...] = ()
 
@@ -65,14 +70,16 @@ def _parts(family: Family, look: Look) -> tuple[dict[str, Space], tuple[str, ...
     spaces: dict[str, Space] = {}
     refused: dict[str, str] = {}
     outputs: list[str] = []
-    sides = 0
+    for module in family.mixers:
+        outputs += look.outputs(module) if look.has(module) else ()
+    sides = {"mixer"} if outputs else set()
     for attention in family.attention:
         if look.has(*attention.names()):
             found, why = attention.spaces(look)
             spaces |= found
             refused |= why
             outputs += look.outputs(attention.at(attention.o))
-            sides += 1
+            sides.add("mixer")
             break
     for part in family.ffn:
         if isinstance(part, Experts):
@@ -88,12 +95,12 @@ def _parts(family: Family, look: Look) -> tuple[dict[str, Space], tuple[str, ...
             continue
         spaces |= found
         refused |= why
-        sides += 1
+        sides.add("ffn")
         break
     for module in family.shared:
         if look.has(module):
             outputs += [t for t in look.outputs(module) if t not in outputs]
-    return spaces, tuple(outputs) if sides == 2 else (), refused
+    return spaces, tuple(outputs) if len(sides) == 2 or (sides and family.alone) else (), refused
 
 
 def _matrices(family: Family, look: Look) -> tuple[Matrix, ...]:
@@ -104,6 +111,8 @@ def _matrices(family: Family, look: Look) -> tuple[Matrix, ...]:
         if leaf != "weight" or info.kind not in ("linear", "conv1d") or len(info.shape) != 2:
             continue
         if module.rpartition(".")[2] in ROUTERS or module in _routers(family):
+            continue
+        if module.startswith(CROSS):  # never run by a decoder on its own
             continue
         turned = info.kind == "conv1d"
         shape = (info.shape[1], info.shape[0]) if turned else (info.shape[0], info.shape[1])

@@ -49,6 +49,8 @@ class Ffn:
             ports += (Port(f"{self.norm}.weight", 0, "norm"),)
         ports += look.reads(self.down)
         owner = self.down.rpartition(".")[0]
+        if self.norm and f"{self.norm}.bias" in look.tensors:
+            return {}, {"ffn": f"{self.norm} subtracts a mean over all neurons"}
         sizes = look.sizes(owner, {n: (size, 1) for n in ATTRIBUTES})
         return {"ffn": Space("ffn", size, ports, sizes=sizes, config=look.field(self.fields))}, {}
 

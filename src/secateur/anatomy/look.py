@@ -63,28 +63,35 @@ class Look:
                 return value
         return None
 
+    def _owned(self, module: str, name: str) -> list[str]:
+        """Keys of the attributes called ``name`` of a module and of those inside it (the block itself: only its own)."""
+        if not module:
+            return [name] if name in self.attributes else []
+        return [k for k in self.attributes if k.startswith(module + ".") and k.rpartition(".")[2] == name]
+
     def attribute(self, module: str, names: Iterable[str]) -> int | None:
-        """The first of these integer attributes that the module has."""
-        for name in names:
-            if f"{module}.{name}" in self.attributes:
-                return self.attributes[f"{module}.{name}"]
-        return None
+        """The first of these integer attributes that the module, or one inside it, has."""
+        return next((self.attributes[k] for n in names for k in self._owned(module, n)), None)
 
     def sizes(self, module: str, numbers: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-        """Attributes of a module that count units: name -> (value expected now, number per unit)."""
-        out = {}
-        for name, (value, per_unit) in numbers.items():
-            key = f"{module}.{name}" if module else name
-            if self.attributes.get(key) == value:
-                out[key] = per_unit
-        return out
+        """Attributes of a module that count units, by dotted name: ``numbers`` maps an attribute's name to
+        the value it has now and the number per unit."""
+        found = {k: (v, per_unit) for n, (v, per_unit) in numbers.items() for k in self._owned(module, n)}
+        return {k: per_unit for k, (v, per_unit) in found.items() if self.attributes[k] == v}
 
     def field(self, names: Iterable[str], per_unit: int = 1) -> dict[str, ConfigRule]:
-        """The rule for the first of these fields that the config has."""
+        """The rule for the first of these fields that the config has (``n_inner: null`` counts)."""
         for name in names:
             if name in self.config:
                 return {name: ConfigRule(per_unit)}
         return {}
+
+    def on(self, *path: str) -> bool:
+        """True if a switch of the (nested) config is on."""
+        value: object = self.config
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value is True
 
     def norm(self, module: str, full: int, rows: int, width: int) -> tuple[Port, ...]:
         """Ports of a norm over ``full`` entries in ``rows`` heads: none if it is shared by all heads.

@@ -15,6 +15,7 @@ from secateur.anatomy.types import Skeleton, TensorInfo
 from secateur.errors import SecateurError
 
 CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+SWITCHES = ("is_transposed", "is_concatenated")  # how a stack of experts is stored
 ORDER = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
 
 
@@ -168,7 +169,8 @@ def _attributes(block: nn.Module) -> dict[str, int]:
     out = {}
     for prefix, module in block.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_"):
+            counts = isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_")
+            if counts or name in SWITCHES:
                 out[f"{prefix}.{name}" if prefix else name] = value
     return out
 

@@ -281,7 +281,11 @@ def _packaged() -> Path:
 def _fetch(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    unreachable = (OSError, ValueError, *HfHubHTTPError.__bases__)  # its base class is the HTTP library's own
+    unreachable: tuple[Any, ...] = (
+        OSError,
+        ValueError,
+        *HfHubHTTPError.__bases__,
+    )  # its base class is the HTTP library's own
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FETCHED)))
     except unreachable as error:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from secateur.engine.host.build import CONFIG_ERRORS, build_model
+from secateur.engine.host.build import CONFIG_ERRORS, build_model, skeleton_model
 from secateur.errors import SecateurError
 
 LAYERS, MOST_LAYERS = 4, 8
+LARGEST = 20_000_000
 VOCABULARY, POSITIONS, WINDOW = 61, 64, 4
 
 # what each field becomes, if the config has it as a positive integer
@@ -182,6 +183,13 @@ def toy_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
         seed: of the parameters.
     """
     config = copy.deepcopy(config)
+    size = sum(p.numel() for p in skeleton_model(config).parameters())
+    if size > LARGEST:
+        raise SecateurError(
+            "the toy copy of this config is not small: it has sizes of its own that no common word changes",
+            received=f"{size:,} parameters",
+            works=f"at most {LARGEST:,}",
+        )
     model = build_model(config, attn_implementation="eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
