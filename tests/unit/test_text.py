@@ -83,6 +83,10 @@ def test_files(tmp_path: Path) -> None:
         ("a.jsonl", b'{"content": "a"}', "no string under `text`.*content"),
         ("a.jsonl", b'{"text": 3}', "no string under `text`"),
         ("a.jsonl", b'["a"]', "no string under `text`"),
+        ("a.jsonl", b"", "the text file is empty"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of a.jsonl is not JSON"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 of a.jsonl is not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "surrogates not allowed"),
         ("a.jsonl", b'{"text": ""}', "every document"),
     ],
 )
@@ -97,7 +101,11 @@ def test_what_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         documents(str(tmp_path))
     with pytest.raises(SecateurError, match="no such text file"):
         documents(str(tmp_path / "none.txt"))
+    with pytest.raises(SecateurError, match="the text file is missing or no regular file"):
+        documents("/dev/zero")
     monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SecateurError, match="no such text file"):
+        documents("x" * 300)
     with pytest.raises(SecateurError, match="`datasets` is not installed"):
         documents("allenai/c4:en")
     with pytest.raises(SecateurError, match=r"too small.*received: 0"):

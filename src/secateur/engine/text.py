@@ -12,7 +12,7 @@ returns ``input_ids``, as those of Transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,9 +66,9 @@ def documents(source: str, split: Split = "calibration") -> list[str]:
     if source == "self":
         raise SecateurError("text the model writes itself has no documents", received=source, works=_WORKS)
     path = Path(source)
-    if path.is_dir():
+    if len(path.name) < 256 and path.is_dir():
         raise SecateurError("the text is a directory", received=source, works="give one .txt, .md or .jsonl file")
-    if path.exists():
+    if len(path.name) < 256 and path.exists():  # longer names are an operating system error even to ask for
         return _file_documents(path)
     if path.suffix in {".txt", ".md", ".jsonl", ".json", ".text"} or source.startswith((".", "/", "~")):
         raise SecateurError("no such text file", received=source, works=_WORKS)
@@ -100,40 +100,65 @@ def builtin_documents(split: Split) -> list[str]:
 
 
 def _file_documents(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SecateurError(
-            f"the text is not UTF-8 (byte {error.start})", received=str(path), works="convert the file to UTF-8"
-        ) from None
-    except OSError as error:
-        raise SecateurError("the text cannot be read", received=f"{path}: {error.strerror}") from None
-    if not text.strip():
-        raise SecateurError("the text file is empty", received=str(path), works=_WORKS)
     if path.suffix not in {".jsonl", ".json"}:
+        text = read_text(path, "the text file")
+        if not text.strip():
+            raise SecateurError("the text file is empty", received=str(path), works=_WORKS)
         return [text]
     docs = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SecateurError(
-                f"line {number} of {path.name} is not JSON ({error.msg})",
-                received=line[:80],
-                works='a JSONL file has one object such as {"text": "..."} per line',
-            ) from None
+    for number, record in json_lines(path, "the text file", 'one object such as {"text": "..."} per line works'):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise SecateurError(
                 f"line {number} of {path.name} has no string under `text`",
-                received=", ".join(record) if isinstance(record, dict) else line[:80],
+                received=", ".join(record) if isinstance(record, dict) else str(record)[:80],
                 works='every line must be an object such as {"text": "..."}',
             )
         docs.append(record["text"])
     if not any(d.strip() for d in docs):
         raise SecateurError("every document of the text file is empty", received=str(path), works=_WORKS)
     return docs
+
+
+def read_text(path: Path, what: str) -> str:
+    """A UTF-8 file (a byte-order mark is dropped).
+
+    Raises:
+        SecateurError: unreadable, not a regular file, or not UTF-8; ``what`` says whose file it is.
+    """
+    try:
+        if not path.is_file():
+            raise SecateurError(f"{what} is missing or no regular file", received=str(path), works="give a file's path")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SecateurError(
+            f"{what} is not UTF-8 (byte {error.start})", received=str(path), works="convert the file to UTF-8"
+        ) from None
+    except OSError as error:
+        raise SecateurError(f"{what} cannot be read", received=f"{path}: {error.strerror}") from None
+
+
+def json_lines(path: Path, what: str, works: str) -> Iterator[tuple[int, Any]]:
+    """Line numbers (from 1) and records of a JSONL file, blank lines left out.
+
+    Raises:
+        SecateurError: as `read_text`; empty; a line that is not JSON, or holds what is not Unicode text.
+    """
+    text = read_text(path, what)
+    if not text.strip():
+        raise SecateurError(f"{what} is empty", received=str(path), works=works)
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if "\\u" in line:
+                json.dumps(record, ensure_ascii=False).encode()  # refuses half a surrogate pair, as tokenizers do
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "") or getattr(error, "reason", "") or str(error)
+            raise SecateurError(
+                f"line {number} of {path.name} is not JSON text ({reason})", received=line[:80], works=works
+            ) from None
+        yield number, record
 
 
 def _dataset_documents(source: str, split: Split) -> list[str]:

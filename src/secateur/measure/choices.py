@@ -10,7 +10,6 @@ a context as it stands; a choice follows after one space. Labels count from 0. T
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.text import json_lines
 from secateur.errors import SecateurError
 from secateur.measure.passes import LOGIT_BYTES, logits_of, positions
 from secateur.measure.types import Choices
@@ -41,25 +41,10 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         SecateurError: unreadable, not UTF-8, empty, or a line in neither form.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise SecateurError(f"the choices file is not UTF-8 (byte {error.start})", received=str(path)) from None
-    except OSError as error:
-        raise SecateurError("the choices file cannot be read", received=f"{path}: {error.strerror}") from None
-    items = [_item(line, number) for number, line in enumerate(lines, 1) if line.strip()]
-    if not items:
-        raise SecateurError("the choices file is empty", received=str(path), works=WORKS)
-    return items
+    return [_item(record, number) for number, record in json_lines(path, "the choices file", WORKS)]
 
 
-def _item(line: str, number: int) -> Item:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SecateurError(
-            f"line {number} of the choices is not JSON ({error.msg})", received=line[:80], works=WORKS
-        ) from None
+def _item(record: Any, number: int) -> Item:
     match record:
         case {"goal": str(q), "sol1": str(a), "sol2": str(b), "label": label}:
             prompt, choices = f"Question: {q}\nAnswer:", [a, b]
@@ -68,9 +53,13 @@ def _item(line: str, number: int) -> Item:
         case {"context": str(prompt), "choices": list(choices), "label": label}:
             pass
         case _:
-            raise SecateurError(f"line {number} of the choices has neither form", received=line[:80], works=WORKS)
+            raise SecateurError(
+                f"line {number} of the choices has neither form", received=str(record)[:80], works=WORKS
+            )
     if len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise SecateurError(f"line {number} needs two or more non-empty choices", received=line[:80], works=WORKS)
+        raise SecateurError(
+            f"line {number} needs two or more non-empty choices", received=str(record)[:80], works=WORKS
+        )
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         raise SecateurError(
             f"line {number} has a label that is no choice",

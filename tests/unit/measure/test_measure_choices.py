@@ -43,7 +43,7 @@ def test_both_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 of the choices is not JSON"),
+        ("{", "line 1 of c.jsonl is not JSON"),
         ("[1]", "neither form"),
         ('{"goal": "a", "sol1": "b", "label": 0}', "neither form"),
         ('{"goal": 1, "sol1": "b", "sol2": "c", "label": 0}', "neither form"),
@@ -65,7 +65,7 @@ def test_bad_files(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(SecateurError, match="cannot be read"):
+    with pytest.raises(SecateurError, match="the choices file is missing"):
         read_items(tmp_path / "none.jsonl")
     (tmp_path / "x").write_bytes(b"\xff")
     with pytest.raises(SecateurError, match="not UTF-8"):
