@@ -49,7 +49,7 @@ class Store:
         self.sizes: dict[str, dict[str, int]] = {}
         self.left_out: tuple[str, ...] = ()
         self.blocks_path = describe_skeleton(model).path
-        self.blocks = len(model.get_submodule(self.blocks_path))
+        self.blocks = sum(1 for _ in model.get_submodule(self.blocks_path).children())
         self._model = model  # on the meta device, or the model in memory
         self._entries: dict[str, Entry] = {}
         self._groups: dict[int | None, list[convert.Group]] = {}
@@ -349,7 +349,7 @@ def read_entry(file: FileIO | BufferedReader, entry: Entry) -> Tensor:
     """One tensor's bytes into memory of its own."""
     out = torch.empty(entry.shape, dtype=entry.dtype)
     if out.numel():
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        view = out.reshape(-1).view(torch.uint8).numpy().data
         file.seek(entry.begin)
         while view:
             count = file.readinto(view)

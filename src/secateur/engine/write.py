@@ -112,12 +112,15 @@ class StepWriter:
         return {self.store.renumbered(name, index, position): entry for name, entry in entries.items()}
 
     def _write(self, target: Path, path: str, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        tensors = {name: state[name.removeprefix(path)] for name in names}
-        stored = {name: value.detach().to("cpu", self.store.dtype_of(name)) for name, value in tensors.items()}
+        tensors = {name: state[name.removeprefix(path)].detach() for name in names}
+        ghosts: dict[str, Tensor] = {}
         for name, value in tensors.items():
-            if value.dtype != stored[name].dtype:
-                value.detach().copy_(stored[name])
-        write_tensors(target, self.store.to_disk(stored))
+            stored = self.store.dtype_of(name)
+            if stored != value.dtype:
+                value.copy_(value.to(stored))
+            ghosts[name] = torch.empty(value.shape, dtype=stored, device="meta")
+        dtypes = {name: ghost.dtype for name, ghost in self.store.to_disk(ghosts).items()}
+        write_tensors(target, self.store.to_disk(tensors), dtypes)
 
 
 def work_dir(out: Path) -> Path:
@@ -192,16 +195,22 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write(text.encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file (CPU tensors), one tensor at a time, deterministic to the byte."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), natural(name)))
-    table = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+    """Write a safetensors file, deterministic to the byte; one tensor at a time is cast and copied.
+
+    Args:
+        path: the file.
+        tensors: by name, anywhere and in any dtype.
+        dtypes: what each is written as; None: as it is.
+    """
+    kinds = {name: value.dtype for name, value in tensors.items()} if dtypes is None else dtypes
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, natural(name)))
     with _replacing(path) as file:
-        file.write(_header(table))
+        file.write(_header([(name, kinds[name], tuple(tensors[name].shape)) for name in order]))
         for name in order:
-            flat = tensors[name].contiguous().reshape(-1)
+            flat = tensors[name].to("cpu", kinds[name]).contiguous().reshape(-1)
             if flat.numel():
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
