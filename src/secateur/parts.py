@@ -103,7 +103,9 @@ def make(choice: Choice, table: Mapping[str, Any], kind: Any, word: str, **given
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
-        raise SecateurError(f"{word} {choice.name} does not take these options: {error}", received=str(choice)) from None
+        raise SecateurError(
+            f"{word} {choice.name} does not take these options: {error}", received=str(choice)
+        ) from None
 
 
 def _imported(name: str, kind: Any, word: str, table: Mapping[str, Any]) -> Any:

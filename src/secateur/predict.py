@@ -125,7 +125,7 @@ def _memory(run: _Run, first: Stage, whole: int) -> dict[str, int]:
     block = max(4 * sum(p.numel() for p in b.parameters()) for b in model.get_submodule(anatomy.path))
     outside = fp32 - sum(4 * sum(p.numel() for p in b.parameters()) for b in model.get_submodule(anatomy.path))
     in_memory = store.origin is None or store.origin.kind == "gguf"
-    needs = {p for step in first.parts.needs, first.parts.survey_needs for p in step}
+    needs = {*first.parts.needs, *first.parts.survey_needs}
     width = DTYPE_BYTES[run.recipe.dtype]
     hidden = int(getattr(store.config.get_text_config(), "hidden_size", 0) or 0)
     base = psutil.Process().memory_info().rss - (fp32 if in_memory else 0)
@@ -141,7 +141,7 @@ def _memory(run: _Run, first: Stage, whole: int) -> dict[str, int]:
         walk["statistics"] = sum(_statistics(p, first) for p in needs)
         if Gradient in needs:
             walk["gradients"] = 2 * fp32
-    walk["scores and masks"] = 4 * 4 * max((m.shape[0] * m.shape[1] for b in anatomy.blocks for m in b.matrices))
+    walk["scores and masks"] = 4 * 4 * max(m.shape[0] * m.shape[1] for b in anatomy.blocks for m in b.matrices)
     measuring: dict[str, int] = {}
     if run.recipe.measure and run.how.measure and not run.how.only_plan:
         options = run.measure_options()

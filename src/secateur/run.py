@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur.account import Clock, file_hash, provenance, step_record, tensor_hash
+from secateur.engine.apply import ConfigChange, updated_config
 from secateur.engine.checkpoint import load
 from secateur.engine.decode import self_text
 from secateur.engine.distribute import World, world
 from secateur.engine.host.origin import Origin, read_tokenizer, resolve
-from secateur.engine.plan import Plan
-from secateur.engine.resize import record_of
+from secateur.engine.outcome import outcome_of
+from secateur.engine.plan import Plan, keeps_of
 from secateur.engine.store import RECORD, Store
 from secateur.engine.text import calibration, check_disjoint, documents, pack, test_windows
 from secateur.engine.walk import batches_of
-from secateur.engine.write import Outcome as Written
 from secateur.engine.write import StepWriter, check_out, publish, writing
 from secateur.errors import SecateurError
 from secateur.goals import settled
@@ -88,9 +88,7 @@ def plan(
     return prune(recipe, out, replace(how or How(), only_plan=True), progress)
 
 
-def measure(
-    request: MeasureRequest, progress: Progress | None = None
-) -> tuple[list[Measurement], list[Comparison]]:
+def measure(request: MeasureRequest, progress: Progress | None = None) -> tuple[list[Measurement], list[Comparison]]:
     """Measure models; the first is what the others are compared with.
 
     Raises:
@@ -201,7 +199,9 @@ class _Run:
             self.world.wait()
             if self.world.first:
                 writer.write_rest(stage.model)
-                change = record_of(store, outcome.anatomy, outcome.plan, step.apply or "mask", outcome.dropped)
+                change = ConfigChange()
+                if step.apply == "cut":
+                    change = updated_config(store.config, outcome.anatomy, keeps_of(outcome.plan))
                 files: dict[str, bytes | Path] = {}
                 earlier = store.origin.path / PLAN if number and store.origin is not None else None
                 merged = Plan.merged([Plan.load(earlier)] if earlier and earlier.is_file() else [])
@@ -209,7 +209,7 @@ class _Run:
                 files[PLAN] = work / PLAN
                 words = {"recipe": self.recipe.to_words(), "lineage": self._lineage()}
                 kept = [i for i in range(store.blocks) if i not in outcome.dropped]
-                writer.finish(Written(change.fields, change.per_layer, change.sizes, words, files), kept)
+                writer.finish(outcome_of(outcome.anatomy, change, store.sizes, words, files), kept)
         seconds = self.clock.phases[f"step {number + 1}"] - begin
         record = step_record(step, stage.parts, outcome, seconds)
         if self.world.first:
@@ -283,8 +283,10 @@ class _Run:
 
     def _loader(self, ready: Path) -> str:
         names = json.loads((ready / "config.json").read_text()).get("architectures") or [""]
-        return "AutoModelForMaskedLM" if "MaskedLM" in names[0] else (
-            "AutoModelForCausalLM" if "CausalLM" in names[0] or "LMHead" in names[0] else "AutoModel"
+        return (
+            "AutoModelForMaskedLM"
+            if "MaskedLM" in names[0]
+            else ("AutoModelForCausalLM" if "CausalLM" in names[0] or "LMHead" in names[0] else "AutoModel")
         )
 
     def _only_plan(self, ready: Path) -> Path:
@@ -418,5 +420,3 @@ def _shares(progress: Progress) -> Callable[[str, float], None]:
         state["done"] = max(done, state["done"])
 
     return tell
-
-

@@ -26,7 +26,16 @@ from secateur.errors import SecateurError
 from secateur.methods.base import Amount, Keep, MatrixSite, SiteInfo, UnitScore
 from secateur.methods.composed import Composed
 from secateur.methods.grains import Unit
-from secateur.methods.sites import WHOLE, block_matrices, matrix_sites, pooled, stored, unit_infos, unit_site, weight_infos
+from secateur.methods.sites import (
+    WHOLE,
+    block_matrices,
+    matrix_sites,
+    pooled,
+    stored,
+    unit_infos,
+    unit_site,
+    weight_infos,
+)
 from secateur.parts import Parts, parts_of
 from secateur.step import Step
 
@@ -40,7 +49,7 @@ class Sink(Protocol):
 
     def restore(self, model: nn.Module, index: int) -> Plan: ...
 
-    def write(self, index: int, module: nn.Module, plan: Plan, position: int) -> None: ...
+    def write(self, index: int, module: nn.Module, plan: Plan) -> None: ...
 
 
 class Nowhere:
@@ -52,7 +61,7 @@ class Nowhere:
     def restore(self, model: nn.Module, index: int) -> Plan:
         raise AssertionError("nothing was finished")
 
-    def write(self, index: int, module: nn.Module, plan: Plan, position: int) -> None:
+    def write(self, index: int, module: nn.Module, plan: Plan) -> None:
         return None
 
 
@@ -131,7 +140,7 @@ class Stage:
             self.gradient = self._gradients()
         layers = replay[f"{self.number}/layer/model"] if replay is not None and self.step.space == "layer" else None
         gone = ~layers if layers is not None and self.step.apply == "cut" else torch.zeros(len(self.blocks)).bool()
-        plan, position = Plan(), 0
+        plan = Plan()
         skip = {i for i in range(len(self.blocks)) if sink.finished(i)}
         needs = () if len(skip) == len(self.blocks) else self._walk_needs(replay)
         for visit in self._walk(needs, phase=f"step {self.number + 1}", skip=skip):
@@ -142,8 +151,7 @@ class Stage:
                 done = self._prune(visit, counts, replay)
                 self._round(visit)
                 if not gone[index]:
-                    sink.write(index, visit.module, done, position)
-            position += int(not gone[index])
+                    sink.write(index, visit.module, done)
             plan = Plan.merged([plan, done])
         if layers is not None and replay is not None:
             plan = Plan.merged([plan, replay.step(self.number)])
@@ -186,7 +194,7 @@ class Stage:
                 yield visit.block.name, ranking.units(site)
 
     def _choose_layers(self) -> Plan:
-        scores = {name: s for name, s in self.survey()}
+        scores = dict(self.survey())
         values = torch.cat([scores[b.name].reshape(-1).double() for b in self.anatomy.blocks])
         info = self.infos[0]
         amount = self.step.amount
@@ -366,9 +374,7 @@ class Stage:
         if space == "layer":
             return {f"{n}/layer/model": (len(self.anatomy.blocks),)}
         if space != "weight":
-            return {
-                f"{n}/{space}/{b.name}": b.spaces[space].shape for b in self.anatomy.blocks if space in b.spaces
-            }
+            return {f"{n}/{space}/{b.name}": b.spaces[space].shape for b in self.anatomy.blocks if space in b.spaces}
         return {
             f"{n}/weight/{b.name}.{m.tensor}": _stored_shape(self.blocks[b.index], m.tensor)
             for b in self.anatomy.blocks

@@ -1,10 +1,10 @@
 """The working directory beside the output: what an interrupted run leaves, and how the next one takes it up.
 
-    .OUT.secateur-work/
-        lock              held while a run is alive
-        run.json          the recipe and the model's headers: what must not change in between
-        step-0/           block-00003.safetensors, plan-00003.safetensors, ...; a file that is there is complete
-            ready/        the step's finished checkpoint
+.OUT.secateur-work/
+    lock              held while a run is alive
+    run.json          the recipe and the model's headers: what must not change in between
+    step-0/           block-00003.safetensors, plan-00003.safetensors, ...; a file that is there is complete
+        ready/        the step's finished checkpoint
 """
 
 from __future__ import annotations
@@ -171,10 +171,10 @@ class BlockSink:
         restore_block(self.writer.store, model, self.writer.block_file(index))
         return plan
 
-    def write(self, index: int, module: nn.Module, plan: Plan, position: int) -> None:
+    def write(self, index: int, module: nn.Module, plan: Plan) -> None:
         if self.world.first:
             plan.save(self._plan(index))
-            self.writer.write_block(index, module, position)
+            self.writer.write_block(index, module)
 
     def _plan(self, index: int) -> Path:
         return self.writer.work / f"plan-{index:05d}.safetensors"

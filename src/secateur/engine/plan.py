@@ -181,3 +181,13 @@ class Plan(Mapping[str, Tensor]):
         for plan in plans:
             out._bits.update(plan._bits)
         return out
+
+
+def keeps_of(plan: Plan) -> dict[str, dict[str, Tensor]]:
+    """A step's plan of units as `apply` takes it: booleans by block name (``model`` for layers) and space."""
+    keeps: dict[str, dict[str, Tensor]] = {}
+    for key in plan:
+        _, space, site = key.split("/", 2)
+        if space != "weight":
+            keeps.setdefault(site, {})[space] = plan[key]
+    return keeps
