@@ -49,17 +49,21 @@ def decode(model: nn.Module, ids: Tensor, steps: int, pick: Pick = greedy) -> It
     """
     device = next(model.parameters()).device
     ids = ids.to(device)
-    last: dict[str, Any] = (
-        {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    )
     cache, feed = None, ids
     for _ in range(steps):
-        out = model(input_ids=feed, past_key_values=cache, use_cache=True, **last)
+        out = model(input_ids=feed, **accepted(model, past_key_values=cache, use_cache=True, logits_to_keep=1))
         new = pick(out.logits[:, -1]).to(device)
         yield new
         cache = getattr(out, "past_key_values", None)
         ids = torch.cat([ids, new[:, None]], 1)
         feed = ids if cache is None else new[:, None]
+
+
+def accepted(model: nn.Module, **words: Any) -> dict[str, Any]:
+    """Those of the arguments that the model's forward pass has by name (state-space models have no
+    ``past_key_values``, encoders no ``logits_to_keep``)."""
+    known = inspect.signature(model.forward).parameters
+    return {word: value for word, value in words.items() if word in known}
 
 
 def self_text(model: nn.Module, tokenizer: Any, text: TextSource, batch_size: int = SELF_BATCH) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from secateur.measure.generation import generate
 from secateur.measure.latency import LatencyOptions, latency, peak_rss
 from secateur.measure.options import DTYPES, MeasureOptions, Subject
 from secateur.measure.passes import is_causal, losses, positions, scored
-from secateur.measure.size import size
+from secateur.measure.size import file_bytes, size
 from secateur.measure.tasks import tasks
 from secateur.measure.types import Comparison, Measurement
 
@@ -66,19 +67,45 @@ def measure(
     docs = documents(options.text, "test") if options.text is not None else []
     tell = progress or (lambda phase, share: None)
     first, *others = subjects
-    in_memory = all(isinstance(s.model, nn.Module) for s in subjects)
-    groups: list[list[Subject]] = [others] if in_memory or not others else [[s] for s in others]
+    groups = [others] if _fit_together(subjects) or not others else [[s] for s in others]
     measured: list[Measurement] = []
     compared: list[Comparison] = []
     with _opened(first, options) as dense:
         for group in groups:
-            with ExitStack() as stack:
-                guests = [dense, *(stack.enter_context(_opened(s, options)) for s in group)]
-                _measure(guests, options, docs, items, tell)
-                dense_found, *found = [replace(g.found, notes=tuple(g.notes)) for g in guests]
-                measured += found if measured else [dense_found, *found]
-                compared += [_compare(dense_found, f, guests, options) for f in found]
+            found, against = _beside(dense, group, options, docs, items, tell)
+            measured += found[1:] if measured else found
+            compared += against
     return measured, compared
+
+
+def _beside(
+    dense: _Guest,
+    group: Sequence[Subject],
+    options: MeasureOptions,
+    docs: Sequence[str],
+    items: Sequence[Item],
+    tell: Progress,
+) -> tuple[list[Measurement], list[Comparison]]:
+    """The dense model and a group of others, which are let go on return."""
+    with ExitStack() as stack:
+        guests = [dense, *(stack.enter_context(_opened(s, options)) for s in group)]
+        _measure(guests, options, docs, items, tell)
+        found = [replace(g.found, notes=tuple(g.notes)) for g in guests]
+        return found, [_compare(found[0], f, guests, options) for f in found[1:]]
+
+
+def _fit_together(subjects: Sequence[Subject]) -> bool:
+    """Whether all models may be in memory at once, which saves running the first one again for each other one:
+    they are there already, or their files, unpacked to fp32, take less than half of the free memory."""
+    unpacked = {".gguf": 8}  # from four bits and more; half-precision files double
+    need = 0
+    for subject in subjects:
+        if isinstance(subject.model, nn.Module):
+            continue
+        if subject.path is None:
+            return False
+        need += file_bytes(subject.path) * unpacked.get(subject.path.suffix, 2)
+    return need < psutil.virtual_memory().available / 2
 
 
 @contextmanager

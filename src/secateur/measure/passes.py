@@ -1,7 +1,7 @@
 """One pass over test windows for all models together: losses, and the distance from the first model.
 
 Memory: one batch's logits per model (in the model's own dtype) plus fp32 copies of a few positions at a
-time; a batch is as many windows as keep the logits of one model under 256 MB, at least one.
+time; a batch is as many windows as keep the logits of one model under 128 MB, at least one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.decode import accepted
 from secateur.errors import SecateurError
 
-LOGIT_BYTES = 256 * 2**20
+LOGIT_BYTES = 128 * 2**20
 CHUNK_BYTES = 4 * 2**20  # of fp32 logits; small enough for the cache, which halves the time
 
 
@@ -97,7 +98,7 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tens
     """Logits [batch, length, vocabulary] of one forward pass without cache, on the model's device."""
     device = next(model.parameters()).device
     extra = {} if mask is None else {"attention_mask": mask.to(device)}
-    return model(input_ids=ids.to(device), use_cache=False, **extra).logits
+    return model(input_ids=ids.to(device), **accepted(model, use_cache=False), **extra).logits
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateur.engine.decode import accepted
 from secateur.measure.types import Size
 
 PROBE = 7  # tokens of the tiny forward pass; a length that is no usual head width
@@ -55,14 +56,17 @@ def size(model: nn.Module, path: Path | None = None, context: int = 1024) -> Siz
 
 def stored_bytes(model: nn.Module, path: Path | None) -> int:
     """Bytes of the weight files under ``path`` (or of that file), or of the parameters and saved buffers."""
-    if path is not None and path.is_file():
-        return path.stat().st_size
-    if path is not None:
-        files = [f for f in path.iterdir() if f.suffix in WEIGHT_FILES and f.name != "plan.safetensors"]
-        if files:
-            return sum(f.stat().st_size for f in files)
+    if path is not None and (found := file_bytes(path)):
+        return found
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a weight file, or of the weight files in a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.iterdir() if f.suffix in WEIGHT_FILES and f.name != "plan.safetensors")
 
 
 def linear_macs(model: nn.Module) -> int:
@@ -123,7 +127,9 @@ def observe(model: nn.Module) -> Observed:
     model.eval()
     try:
         with _idle_experts(model), watch:
-            out: Any = model(input_ids=torch.zeros(1, PROBE, dtype=torch.long, device=device), use_cache=True)
+            out: Any = model(
+                input_ids=torch.zeros(1, PROBE, dtype=torch.long, device=device), **accepted(model, use_cache=True)
+            )
     except REFUSALS:
         return _configured(model)
     finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +61,37 @@ def test_the_parts_are_those_of_each_model_alone(tokenizer: Any, tmp_path: Path)
     assert (a.model, b.model, a.notes, b.notes) == ("dense", "pruned", (), ())
 
 
-def test_loaders_are_called_once_and_give_the_same(tokenizer: Any) -> None:
+@pytest.mark.parametrize("free", [10**6, 10**9])
+def test_loaders_are_called_once_and_give_the_same(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    memory = type("Memory", (), {"available": free})
+    monkeypatch.setattr("secateur.measure.compare.psutil.virtual_memory", lambda: memory)
     models = [llama(), halved(llama()), llama(3)]
-    alive: list[int] = []
+    loaded: list[int] = []
+    alive: list[Any] = []
+    together: list[int] = []
 
     def loader(i: int) -> Any:
         def load() -> nn.Module:
-            alive.append(i)
-            return copy.deepcopy(models[i])
+            model = copy.deepcopy(models[i])
+            loaded.append(i)
+            alive.append(weakref.ref(model))
+            gc.collect()
+            together.append(sum(r() is not None for r in alive))
+            return model
 
         return load
 
     names = ("dense", "half", "other")
-    lazy = [Subject(n, loader(i), tokenizer) for i, n in enumerate(names)]
-    eager = [Subject(n, models[i], tokenizer) for i, n in enumerate(names)]
+    for name, model in zip(names, models, strict=True):
+        model.save_pretrained(tmp_path / name)  # three times 100 kB
+    lazy = [Subject(n, loader(i), tokenizer, tmp_path / n) for i, n in enumerate(names)]
+    eager = [Subject(n, models[i], tokenizer, tmp_path / n) for i, n in enumerate(names)]
     options = MeasureOptions(**{**OPTIONS.__dict__, "latency": None})
     assert measure(lazy, options) == measure(eager, options)
-    assert alive == [0, 1, 2]
+    assert loaded == [0, 1, 2]
+    assert max(together) == (3 if free == 10**9 else 2)
 
 
 def test_the_callers_model_stays_as_it_was(tokenizer: Any) -> None:
