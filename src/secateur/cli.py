@@ -335,7 +335,7 @@ def _print(data: dict[str, Any]) -> None:
 
     from secateur.printing import page
 
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     with console.capture() as text:  # rich would end the process on a closed pipe
         for part in page(data):
             console.print(part)

@@ -80,7 +80,8 @@ def measured(models: Sequence[Measurement], against: Sequence[Comparison]) -> di
     return {"models": plain(entries)}
 
 
-_HIDDEN = ("perplexity_conditions", "latency", "generations", "against_first")
+_BYTES = frozenset({"bytes", "rss", "ram", "disk"})  # words of a key whose integers are bytes
+_HIDDEN = ("model", "notes", "perplexity_conditions", "latency", "generations", "against_first")
 
 
 def page(data: Mapping[str, Any]) -> list[RenderableType]:
@@ -93,20 +94,48 @@ def page(data: Mapping[str, Any]) -> list[RenderableType]:
     for key, value in data.items():
         name = key.replace("_", " ")
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            columns = [c for c in dict.fromkeys(k for row in value for k in row) if c not in _HIDDEN]
-            table = Table(title=name, title_justify="left", box=None, header_style="bold", title_style="bold")
-            for column in columns:
-                numeric = all(isinstance(row.get(column), int | float | None) for row in value)
-                table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-            for row in value:
-                table.add_row(*(Text(cell(row.get(c), c)) for c in columns))
-            out += [Text(""), table]
+            out += [Text(""), _sideways(name, value) if key == "models" else _table(name, value)]
+            out += [
+                Text(f"{row['model']}: {cell(row['notes'])}") for row in value if key == "models" and row.get("notes")
+            ]
         elif isinstance(value, dict):
             for inner, item in value.items():
+                if item is None or item == []:
+                    continue
                 lines.add_row(Text(f"{name} {inner.replace('_', ' ')}"), Text(cell(item, inner)))
         elif value is not None and value != []:
             lines.add_row(Text(name), Text(cell(value, key)))
     return out
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> RenderableType:
+    """One line per object."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=name, title_justify="left", box=None, header_style="bold", title_style="bold")
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    for column in columns:
+        numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell(row.get(c), c)) for c in columns))
+    return table
+
+
+def _sideways(name: str, rows: list[dict[str, Any]]) -> RenderableType:
+    """One column per model: there are few models and many numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=name, title_justify="left", box=None, header_style="bold", title_style="bold")
+    table.add_column("")
+    for row in rows:
+        table.add_column(Text(str(row.get("model", ""))), justify="right", overflow="fold")
+    for key in dict.fromkeys(k for row in rows for k in row if k not in _HIDDEN):
+        if any(row.get(key) is not None for row in rows):
+            table.add_row(key.replace("_", " "), *(Text(cell(row.get(key), key)) for row in rows))
+    return table
 
 
 def cell(value: Any, key: str = "") -> str:
@@ -116,7 +145,7 @@ def cell(value: Any, key: str = "") -> str:
             return "–"
         case bool():
             return "yes" if value else "no"
-        case int() if "bytes" in key or key == "peak_rss":
+        case int() if any(word in _BYTES for word in key.split("_")):
             unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= 10 * s), ("B", 1))
             return f"{value:,} B" if size == 1 else f"{value / size:,.1f} {unit}"
         case int():
@@ -124,7 +153,9 @@ def cell(value: Any, key: str = "") -> str:
         case float():
             return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
         case list():
-            return "; ".join(cell(v) for v in value)
+            return "; ".join(cell(v, key) for v in value)
         case dict():
-            return ", ".join(f"{k.replace('_', ' ')} {cell(v, k)}" for k, v in value.items() if v is not None)
+            return ", ".join(
+                f"{k.replace('_', ' ')} {cell(v, f'{key}_{k}')}" for k, v in value.items() if v is not None
+            )
     return str(value)
