@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -43,7 +44,7 @@ MOST_LAYERS = 10_000
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 UNBUILDABLE = (
     ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError, IndexError,
-    ZeroDivisionError, OverflowError, AssertionError, StrictDataclassError,
+    ZeroDivisionError, OverflowError, AssertionError, StrictDataclassError, struct.error,
 )  # fmt: skip
 """What Transformers and the GGUF reader raise for input they cannot use."""
 
@@ -74,7 +75,7 @@ def resolve(model: str | Path, revision: str | None = None, trust_remote_code: b
         SecateurError: there is no such model, or the hub cannot be reached.
     """
     given, path = str(model), Path(model)
-    if path.is_dir():
+    if given and path.is_dir():
         if not (path / "config.json").is_file():
             raise SecateurError(f"no config.json in {path}", received=given, works="give a model directory")
         return Origin(given, "directory", path, None, trust_remote_code)
