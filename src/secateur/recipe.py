@@ -16,7 +16,7 @@ from typing import Any, Literal
 from secateur.engine.text import TextSource as TextSpec
 from secateur.errors import SecateurError, unknown
 from secateur.step import SPACES, Step, read_rules
-from secateur.yamlfile import read_yaml, write_yaml
+from secateur.yamlfile import read_yaml, read_yaml_list, write_yaml
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -35,6 +35,7 @@ class Recipe:
         threads: CPU threads; None leaves torch's choice.
         seed: of random choices (the text has its own; either sets the other when that is not given).
         measure: end with a short measurement, dense beside pruned.
+        curve: also measure perplexity from 0 to 70 % sparsity, for the report.
         trust_remote_code, revision: for models with code of their own, and hub ids.
         out: where the result goes.
         plan: a plan file to replay; then there may be no steps.
@@ -50,6 +51,7 @@ class Recipe:
     threads: int | None = None
     seed: int = 0
     measure: bool = True
+    curve: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
     out: str | None = None
@@ -78,7 +80,7 @@ class Recipe:
             )
         for word, least in (("batch_size", 1), ("seed", 0), ("threads", 1)):
             check_count(word, getattr(self, word), least, optional=word == "threads")
-        for word in ("measure", "trust_remote_code"):
+        for word in ("measure", "curve", "trust_remote_code"):
             check_type(word, getattr(self, word), bool)
         for word in ("revision", "out", "plan", "title"):
             check_type(word, getattr(self, word), str, optional=True)
@@ -147,7 +149,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def read_map(path: Path) -> list[Any]:
     """The rules of a map file: a YAML list of ``{match: ..., keep: ...}``."""
-    rules = read_yaml(read_text(path, "map"), str(path), kind=list)
+    rules = read_yaml_list(read_text(path, "map"), str(path))
     return list(read_rules(rules))
 
 
@@ -187,7 +189,7 @@ def override(words: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 def diff(a: Recipe, b: Recipe) -> list[str]:
     """Words that differ in what the run would write: ``steps[0].keep: 0.5 -> 0.6``."""
-    idle = {"measure", "out", "title", "expect"}
+    idle = {"measure", "curve", "out", "title", "expect"}
     flat_a, flat_b = (_flat({k: v for k, v in r.to_words().items() if k not in idle}) for r in (a, b))
     absent = "(not given)"
     return [

@@ -7,7 +7,7 @@ Tags and aliases are refused, so a recipe can neither build objects nor grow whe
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -15,7 +15,6 @@ from secateur.errors import SecateurError
 
 LARGEST = 256 * 1024
 DEEPEST = 12
-T = TypeVar("T", dict, list)
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,27 +54,37 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
 
 
-def read_yaml(text: str, name: str, kind: type[T] = dict) -> T:
-    """Plain data from YAML text.
+def read_yaml(text: str, name: str) -> dict[str, Any]:
+    """A mapping of plain data from YAML text.
 
     Args:
         text: at most 256 KiB.
         name: what it is, for the message.
-        kind: what the document must be, a mapping or a list.
 
     Raises:
-        SecateurError: not YAML, with tags, aliases, a repeated key, or not of this kind.
+        SecateurError: not YAML, with tags, aliases or a repeated key, or not a mapping.
     """
+    data = _read(text, name)
+    if not isinstance(data, dict):
+        raise SecateurError(f"{name} is not a mapping of words", received=data)
+    return data
+
+
+def read_yaml_list(text: str, name: str) -> list[Any]:
+    """A list of plain data from YAML text; otherwise as `read_yaml`."""
+    data = _read(text, name)
+    if not isinstance(data, list):
+        raise SecateurError(f"{name} is not a list", received=data)
+    return data
+
+
+def _read(text: str, name: str) -> Any:
     if len(text) > LARGEST:
         raise SecateurError(f"{name} is larger than {LARGEST // 1024} KiB")
     try:
-        data = yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise SecateurError(f"{name} cannot be read: {_reason(error)}") from None
-    if not isinstance(data, kind):
-        wanted = "a mapping of words" if kind is dict else "a list"
-        raise SecateurError(f"{name} is not {wanted}", received=data)
-    return data
 
 
 def write_yaml(data: dict[str, Any]) -> str:
