@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.anatomy import gpt2, llama, mixtral
+from secateur.anatomy import bert, cohere, falcon, gemma, gpt2, llama, mixtral, neox, opt, phi3
 from secateur.anatomy.derive import derive
 from secateur.anatomy.family import Family, build
 from secateur.anatomy.types import Anatomy, Block, Matrix, Port, Skeleton, Space
@@ -12,7 +12,14 @@ __all__ = ["FAMILIES", "Anatomy", "Block", "Matrix", "Port", "Skeleton", "Space"
 
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
+    **gemma.FAMILIES,
+    **cohere.FAMILIES,
+    **phi3.FAMILIES,
     **gpt2.FAMILIES,
+    **neox.FAMILIES,
+    **falcon.FAMILIES,
+    **opt.FAMILIES,
+    **bert.FAMILIES,
     **mixtral.FAMILIES,
 }
 

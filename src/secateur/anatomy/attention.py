@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from secateur.anatomy.look import Look, Unfit
 from secateur.anatomy.types import ConfigRule, Port, Space
 
+CAUSAL_MASKS = ("attn.bias", "attention.bias", "self_attn.bias")  # buffers of 0 and 1, [1, 1, length, length]
 HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "dim_per_head", "d_head", "dim_heads")
 QUERY_FIELDS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
 KV_FIELDS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads")
@@ -41,6 +43,8 @@ class Attention:
         norms, out_norms: norms over queries and keys, and over what ``o`` reads.
         positional: the reason why heads are not interchangeable (ALiBi slopes), or "".
         extra: tensors with one entry per query head (sinks), modules with an output per head entry (gates).
+        when: a condition on the block and the config, where the tensors' names do not tell.
+        forward_config: fields that count query heads and that the forward pass itself reads in its config.
     """
 
     module: str = "self_attn"
@@ -59,6 +63,8 @@ class Attention:
     )
     out_norms: tuple[str, ...] = ("attn_sub_norm",)
     extra: tuple[str, ...] = ("sinks", "gate_proj", "g_proj")
+    forward_config: tuple[str, ...] = ()
+    when: Callable[[Look], bool] | None = None
 
     def at(self, leaf: str) -> str:
         return f"{self.module}.{leaf}" if self.module else leaf
@@ -106,12 +112,31 @@ class Attention:
                 raise Unfit(ALIBI)
             h = self.heads(look)
             group = self._kv_group(look, h)
-            head = self._head(look, h)
+            self._complete(look, h, group)
         except Unfit as reason:
             return {}, {"kv_group": str(reason), "head": str(reason)}
+        spaces, why = {"kv_group": group}, {}
+        try:
+            spaces["head"] = self._head(look, h)
+        except Unfit as reason:
+            why["head"] = str(reason)
         if h.groups == 1 and h.queries > 1:
-            return {"head": head}, {"kv_group": "all query heads share one KV head"}
-        return {"kv_group": group, "head": head}, {}
+            del spaces["kv_group"]
+            why["kv_group"] = "all query heads share one KV head"
+        return spaces, why
+
+    def _complete(self, look: Look, h: Heads, group: Space) -> None:
+        """Every tensor of the attention module is a port, or the same for all heads.
+
+        Raises:
+            Unfit: if one is neither.
+        """
+        known = {p.tensor for p in group.ports} | set(look.outputs(self.at(self.o)))
+        shared = tuple(self.at(n) for pair in self.norms for n in pair)
+        for name in look.tensors:
+            inside = name.startswith(self.module + ".") if self.module else False
+            if inside and name not in known and not name.startswith(shared) and not any(w in name for w in HARMLESS):
+                raise Unfit(f"what {name} holds for each head is not known")
 
     def _kv_group(self, look: Look, h: Heads) -> Space:
         g = h.per_group
@@ -141,9 +166,12 @@ class Attention:
         if self.head_dim:
             config = look.field(QUERY_FIELDS, g) | look.field(KV_FIELDS) | self._fixed(look, h)
         sizes = look.sizes(self.module, numbers)
+        sizes |= {self.at(f"config.{n}"): g for n in self.forward_config}
         return Space("kv_group", h.groups, ports, sizes=sizes, config=config)
 
     def _head(self, look: Look, h: Heads) -> Space:
+        if h.per_group > 1 and any(f"{self.at(n)}.weight" in look.tensors for n in self.out_norms):
+            raise Unfit("a norm over all heads follows, and a head without its queries still has its value")
         if h.per_group == 1:
             group = self._kv_group(look, h)
             return Space("head", h.queries, group.ports, sizes=group.sizes, config=group.config)
@@ -159,8 +187,11 @@ class Attention:
         numbers |= {n: (h.per_group, 1) for n in ("num_key_value_groups", "num_queries_per_kv")}
         if h.groups == 1:  # multi-query: the fused rows of queries are what these widths count
             numbers |= {n: (h.queries * h.query, h.query) for n in WIDTHS}
-        config = look.field(QUERY_FIELDS, h.groups) | self._fixed(look, h) if self.head_dim else {}
+        config: dict[str, ConfigRule] = {}
+        if self.head_dim:
+            config = look.field(QUERY_FIELDS, h.groups) | self._fixed(look, h)
         sizes = look.sizes(self.module, numbers)
+        sizes |= {self.at(f"config.{n}"): h.groups for n in self.forward_config}
         return Space("head", h.per_group, ports, copies=h.groups, sizes=sizes, config=config)
 
     def _norms(self, look: Look, h: Heads, *, keys: bool) -> tuple[Port, ...]:
@@ -248,5 +279,6 @@ class Latent:
         return {"head": Space("head", n, ports, sizes=sizes, config=config)}, why
 
 
+HARMLESS = ("rotary_emb", "inv_freq", "embed_positions", ".LayerNorm.", "masked_bias", *CAUSAL_MASKS)
 ALIBI = "ALiBi slopes depend on a head's number"
 WIDTHS = ("embed_dim", "split_size", "all_head_size", "inner_dim", "hidden_size")

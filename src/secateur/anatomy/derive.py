@@ -44,7 +44,8 @@ def derive(skeleton: Skeleton) -> Family | None:
     """A family's description guessed from a skeleton and its plans; None where nothing is recognised."""
     blocks = [_Names.of(tensors) for tensors in skeleton.blocks]
     columns, rows = _planned(skeleton)
-    attention = _unique(a for b in blocks for a in b.attention(columns, rows))
+    sized = "head_dim" in skeleton.config
+    attention = _unique(a for b in blocks for a in b.attention(columns, rows, sized))
     experts = _unique(e for i, b in enumerate(blocks) for e in b.experts(skeleton, i))
     ffn = _unique(f for b in blocks for f in b.ffn(columns, rows))
     if not (ffn or experts):
@@ -85,7 +86,7 @@ class _Names:
     def of(cls, tensors: object) -> _Names:
         return cls(dict(tensors))  # type: ignore[call-overload]
 
-    def attention(self, columns: set[str], rows: set[str]) -> Iterable[Attention | Latent]:
+    def attention(self, columns: set[str], rows: set[str], sized: bool) -> Iterable[Attention | Latent]:
         for parent, names in self.parents.items():
             if not _is_attention(parent):
                 continue
@@ -98,9 +99,9 @@ class _Names:
             heads = {letter: next((n for n in made if n[0].lower() == letter), "") for letter in "qkv"}
             fused = next((n for n in FUSED if n in names), "")
             if out and fused:
-                yield Attention(parent, fused, o=out, fused=FUSED[fused])
+                yield Attention(parent, fused, o=out, fused=FUSED[fused], head_dim=sized)
             elif out and all(heads.values()):
-                yield Attention(parent, heads["q"], heads["k"], heads["v"], out)
+                yield Attention(parent, heads["q"], heads["k"], heads["v"], out, head_dim=sized)
         if "attention.self" in self.parents and "attention.output" in self.parents:
             yield Attention("attention", "self.query", "self.key", "self.value", "output.dense", head_dim=False)
 
@@ -139,11 +140,13 @@ class _Names:
             at = f"{parent}." if parent else ""
             router = next((at + r for r in ROUTERS if f"{at}{r}.weight" in self.tensors), at + ROUTERS[0])
             switches = skeleton.attributes[index]
+            hidden = self.tensors[f"{router}.weight"].shape[-1] if f"{router}.weight" in self.tensors else 0
+            turned = bool(switches.get(f"{module}.is_transposed", info.shape[1] == hidden != info.shape[2]))
             yield Experts(
                 module,
                 router,
                 *found,
-                transposed=bool(switches.get(f"{module}.is_transposed", 0)),
+                transposed=turned,
                 interleaved=not switches.get(f"{module}.is_concatenated", 1),
             )
 

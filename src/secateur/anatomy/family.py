@@ -74,7 +74,8 @@ def _parts(family: Family, look: Look) -> tuple[dict[str, Space], tuple[str, ...
         outputs += look.outputs(module) if look.has(module) else ()
     sides = {"mixer"} if outputs else set()
     for attention in family.attention:
-        if look.has(*attention.names()):
+        fits = not isinstance(attention, Attention) or attention.when is None or attention.when(look)
+        if fits and look.has(*attention.names()):
             found, why = attention.spaces(look)
             spaces |= found
             refused |= why

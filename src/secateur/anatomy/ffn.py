@@ -12,6 +12,7 @@ MOE_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_interme
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_top_k", "moe_k", "moe_topk")
 ATTRIBUTES = ("intermediate_size", "intermediate_dim", "ffn_dim", "hidden_dim", "moe_intermediate_size", "expert_dim")
+CORRECTIONS = ("e_score_correction_bias", "expert_bias", "correction_bias")  # added before the router chooses
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts", "moe_num_experts")
 
 
@@ -64,7 +65,6 @@ class Experts:
         router: the module whose rows are the experts; its outputs are silenced by a mask.
         up, down: names of the stacks; ``up`` holds gate then up when it is twice as wide as ``down`` reads.
         interleaved: gate and up take turns instead.
-        correction: tensors with one entry per expert that only choose (relative to the router's parent).
         refuse: the reason why experts cannot be removed, or "".
     """
 
@@ -75,7 +75,6 @@ class Experts:
     transposed: bool = False
     interleaved: bool = False
     fields: tuple[str, ...] = (*MOE_FIELDS, *FFN_FIELDS)
-    correction: tuple[str, ...] = ()
     refuse: str = ""
 
     def names(self) -> tuple[str, ...]:
@@ -127,17 +126,29 @@ class Experts:
             return self.refuse
         if (look.number("n_group", "num_expert_group") or 1) > 1:
             return "its router chooses within groups of experts"
-        return "" if look.has(self.router) else f"no router was found at {self.router}"
+        if not look.has(self.router):
+            return f"no router was found at {self.router}"
+        count, parent = look.shape(f"{self.experts}.{self.up}")[0], self.experts.rpartition(".")[0]
+        if look.outs(self.router) != count:
+            return f"its router has {look.outs(self.router)} outputs for {count} experts"
+        if any(n.startswith(f"{parent}.") and n.endswith("tid2eid") for n in look.tensors):
+            return "some layers choose experts by the token's number"
+        for name, info in look.tensors.items():
+            if name.rpartition(".")[2] in CORRECTIONS and name.startswith(parent) and count not in info.shape:
+                return f"{name} does not have one entry per expert"
+        return ""
 
     def _expert(self, look: Look, count: int) -> Space:
         ports = [Port(f"{self.router}.weight", 0, "write")]
         stems = (self.experts, self.router)
+        parent = self.experts.rpartition(".")[0]
         for name, info in look.tensors.items():
-            owned = any(name.startswith(s + ".") for s in stems) or name in self.correction
-            if owned and info.shape[:1] == (count,) and name != f"{self.router}.weight":
+            owned = any(name.startswith(s + ".") for s in stems)
+            if name.startswith(parent + ".") and name.rpartition(".")[2] in CORRECTIONS:
+                ports.append(Port(name, info.shape.index(count), "write"))
+            elif owned and info.shape[:1] == (count,) and name != f"{self.router}.weight":
                 ports.append(Port(name, 0, "write"))
         sizes: dict[str, int] = {}
-        parent = self.experts.rpartition(".")[0]
         for module in {self.experts, self.router, parent, self.router.rpartition(".")[0]}:
             sizes |= look.sizes(module, {n: (count, 1) for n in COUNTS})
         top = look.attribute(self.router, TOP_K) or look.attribute(parent, TOP_K) or look.number(*TOP_K) or 1

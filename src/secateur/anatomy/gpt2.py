@@ -1,5 +1,7 @@
 """GPT-2: matrices stored [in, out], queries, keys and values side by side, biases everywhere."""
 
+from dataclasses import replace
+
 from secateur.anatomy.attention import Attention
 from secateur.anatomy.family import Family
 from secateur.anatomy.ffn import Ffn
@@ -8,4 +10,9 @@ GPT2 = Family(
     (Attention("attn", q="c_attn", o="c_proj", fused="parts", head_dim=False),),
     (Ffn(("mlp.c_fc",), "mlp.c_proj"),),
 )
-FAMILIES = {"gpt2": GPT2, "gpt-sw3": GPT2}
+FAMILIES = {
+    "gpt2": GPT2,
+    "gpt-sw3": GPT2,
+    "gpt_bigcode": GPT2,
+    "openai-gpt": replace(GPT2, layer="its norms come after the residual sum: a zero output is not the identity"),
+}

@@ -91,8 +91,20 @@ def _cut_space(module: nn.Module, space: Space, keep: Tensor) -> None:
             set_tensor(module, name, new)
         count = kept_per_copy(space, keep)
         for dotted, number in space.sizes.items():
-            owner, _, attribute = dotted.rpartition(".")
-            setattr(module.get_submodule(owner) if owner else module, attribute, count * number)
+            _set_size(module, dotted, count * number)
+
+
+def _set_size(module: nn.Module, dotted: str, value: int) -> None:
+    """Set an attribute of a module inside the block, or a field of the config that this module reads: the
+    module then gets a config of its own."""
+    owner, _, attribute = dotted.rpartition(".")
+    if owner.rpartition(".")[2] == "config":
+        owner = owner.rpartition(".")[0]
+        holder: Any = module.get_submodule(owner) if owner else module
+        holder.config = copy.copy(holder.config)
+        setattr(holder.config, attribute, value)
+    else:
+        setattr(module.get_submodule(owner) if owner else module, attribute, value)
 
 
 def kept_per_copy(space: Space, keep: Tensor) -> int:

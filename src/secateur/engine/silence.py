@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateur.anatomy.ffn import CORRECTIONS
 from secateur.anatomy.types import Port, Space
 
 
@@ -83,9 +84,6 @@ def silence(module: nn.Module, space: Space, keep: Tensor) -> Silence:
 def correction(space: Space) -> tuple[str, ...]:
     """Tensors that are added to the router's scores before it chooses: silenced, not zeroed, by a mask."""
     return tuple(p.tensor for p in space.ports if p.tensor.rpartition(".")[2] in CORRECTIONS)
-
-
-CORRECTIONS = ("e_score_correction_bias", "expert_bias", "correction_bias")
 
 
 def _silence_entries(module: nn.Module, port: Port, dropped: Tensor) -> Callable[[], None]:

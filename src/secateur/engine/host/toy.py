@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from secateur.anatomy.ffn import CORRECTIONS
 from secateur.engine.host.build import CONFIG_ERRORS, build_model, skeleton_model
 from secateur.errors import SecateurError
 
 LAYERS, MOST_LAYERS = 4, 8
-LARGEST = 20_000_000
+LARGEST = 4_000_000
 VOCABULARY, POSITIONS, WINDOW = 61, 64, 4
 
 # what each field becomes, if the config has it as a positive integer
@@ -68,6 +69,24 @@ FIXED: Mapping[str, int] = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 10,
+}
+# what a family needs beyond that
+PER_FAMILY: Mapping[str, Mapping[str, Any]] = {
+    "codegen": {"n_head": 4, "n_embd": 96},
+    "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128},
+    "dots1": {"n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "moshi": {"ffn_dim": 54},
+    "prophetnet": {"num_encoder_attention_heads": 5, "num_decoder_attention_heads": 5, "num_decoder_layers": 4},
+    "reformer": {"is_decoder": True},
+    "xglm": {"attention_heads": 5},
+    "xlm": {"emb_dim": 120},
+    "xlnet": {"d_head": 24, "d_inner": 53},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "mamba2": {"num_heads": 8, "head_dim": 30},
+    "cpmant": {"dim_head": 16, "dim_ff": 53},
+    "ctrl": {"dff": 53},
+    "xlstm": {"num_heads": 4},
 }
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 QUERY_FIELDS = (
@@ -122,6 +141,7 @@ def _narrow(words: dict[str, Any], own_head_dim: bool) -> dict[str, Any]:
     groups = next((_positive(words, n) for n in KV_FIELDS if _positive(words, n)), queries)
     new_groups = 1 if groups == 1 and queries > 1 else 3 if queries > groups else 5
     new_queries = 5 if new_groups == 5 else 6
+    rope_dims = words.get("head_dim") == words.get("qk_rope_head_dim")
     for name, value in FIXED.items():
         if _positive(words, name):
             words[name] = value
@@ -129,21 +149,27 @@ def _narrow(words: dict[str, Any], own_head_dim: bool) -> dict[str, Any]:
         if _positive(words, name):
             words[name] = new_queries
     for name in KV_FIELDS:
-        if _positive(words, name):
+        if name in words:
             words[name] = new_groups
     for name in HIDDEN_FIELDS:
         if _positive(words, name):
             words[name] = 96 if new_queries == 6 else 120  # both divisible by fewer heads, too
-    if _positive(words, "head_dim"):
+    if _positive(words, "qk_rope_head_dim") and rope_dims:
+        words["head_dim"] = FIXED["qk_rope_head_dim"]
+    elif "head_dim" in words:  # null, too: some families do not fill it in
         words["head_dim"] = 24 if (new_queries == 6) == own_head_dim else 16  # hidden // heads is the other
     for name in EXPERT_FIELDS:
-        if _positive(words, name):
+        if _positive(words, name) or words.get(name, 1) is None:
             words[name] = 8 if (_positive(words, "n_group") or 1) > 1 else 7
     if _positive(words, "n_group") > 1:
         words |= {"n_group": 4, "topk_group": 2}
     for name in TOP_FIELDS:
-        if _positive(words, name) and any(_positive(words, n) for n in EXPERT_FIELDS):
-            words[name] = min(words[name], 2)
+        if name in words and any(_positive(words, n) for n in EXPERT_FIELDS):
+            words[name] = min(words[name] or 2, 2)
+    if _positive(words, "mamba_n_heads") or "mamba_d_head" in words:
+        inner = int((words.get("mamba_expand") or 2) * next(words[n] for n in HIDDEN_FIELDS if n in words))
+        words |= {"mamba_n_heads": 8, "mamba_d_head": inner // 8}
+    words |= {k: v for k, v in PER_FAMILY.get(words.get("model_type", ""), {}).items() if k in words}
     for name in list(words):
         if name.endswith("_token_id"):
             value = words[name]
@@ -170,6 +196,11 @@ def _shorten(words: dict[str, Any]) -> dict[str, Any]:
             words[name] = len(chosen)
     for name, value in lists.items():
         words[name] = [value[i] for i in sorted(chosen)]
+    layers = words.get("per_layer_config")
+    if isinstance(layers, Mapping):
+        words["per_layer_config"] = {
+            new: layers[key] for new, i in enumerate(sorted(chosen)) for key in (i, str(i)) if key in layers
+        }
     return words
 
 
@@ -198,7 +229,7 @@ def toy_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.copy_(_random(parameter, name, generator))
         for name, buffer in model.named_buffers():
-            if buffer.is_floating_point() and buffer.dim() and "bias" in name.rpartition(".")[2]:
+            if buffer.is_floating_point() and name.rpartition(".")[2] in CORRECTIONS:
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     return model.float().eval()
 
