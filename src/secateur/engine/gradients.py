@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from secateur.anatomy.types import Anatomy
 from secateur.engine.distribute import World
@@ -25,8 +27,8 @@ def gradients(
 ) -> dict[str, Probe]:
     """Sum over batches of d loss / d W for each matrix, by site name.
 
-    The model is loaded whole in fp32 and let go again; one window at a time goes through it, with activation
-    checkpointing where the family has it. The loss is the mean next-token cross-entropy of a window.
+    The model is loaded whole in fp32 and let go again; one window at a time goes through it, and of a block only
+    its input is kept for the way back. The loss is the mean next-token cross-entropy of a window.
 
     Raises:
         SecateurError: the model has no language-model loss (a plain encoder).
@@ -34,10 +36,9 @@ def gradients(
     model: Any = store.skeleton()
     store.load_whole(model)
     model.requires_grad_(False)
-    if getattr(model, "supports_gradient_checkpointing", False):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for block in model.get_submodule(anatomy.path):
-            block.training = True  # checkpointing asks the block; everything inside stays in evaluation mode
+    for block in model.get_submodule(anatomy.path):
+        # not the host's own checkpointing: it asks for training mode, and then some blocks drop out
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     weights = {}
     for block in anatomy.blocks:
         for m in block.matrices:
@@ -65,5 +66,7 @@ def gradients(
                 "batches": torch.tensor(float(len(windows)), dtype=torch.float64),
             }
             probes[site_name(anatomy.blocks[index], m.tensor, e)] = probe
+        weight.requires_grad_(False)
+        weight.grad = None
     world.add_up(probes[name] for name in sorted(probes))
     return probes
