@@ -64,7 +64,7 @@ def _options(cls: type) -> str:
     shown = []
     for f in fields(cls) if is_dataclass(cls) else ():
         if f.name not in ("grain", "rules"):
-            shown.append(f"`{f.name}`" + (f": {_word(f.default)}" if f.default is not MISSING else ""))
+            shown.append(f"`{f.name.rstrip('_')}`" + (f": {_word(f.default)}" if f.default is not MISSING else ""))
     return ", ".join(shown) or "none"
 
 

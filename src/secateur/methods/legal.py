@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from secateur.errors import SecateurError
-from secateur.methods.base import Budget, Score, UnitScore
-from secateur.methods.grains import Grain, NofM
+from secateur.methods.base import Score, UnitScore
 
 UNIT_SPACES = ("ffn", "kv_group", "head", "expert", "layer")
 
@@ -30,18 +29,4 @@ def check_legal(score: Score | UnitScore, space: str) -> None:
             "this score ranks whole units, not single weights" if single else f"this score cannot rank {space} units",
             received=f"{type(score).__name__} in space {space}",
             works=f"space {' or '.join(legal)}",
-        )
-
-
-def check_budget(budget: Budget, grain: Grain) -> None:
-    """Refuse a budget that moves places between sites where the grain fixes how many every site keeps.
-
-    Raises:
-        SecateurError: with the budgets that work.
-    """
-    if isinstance(grain, NofM) and budget.surveys:
-        raise SecateurError(
-            f"{grain} fixes how much every matrix keeps, so there is nothing to divide among them",
-            received=f"budget {type(budget).__name__.lower()}",
-            works="budget uniform, or grain row",
         )

@@ -22,8 +22,6 @@ from secateur.methods.budgets.protected import Protected
 from secateur.methods.budgets.ranks import Ranks, merged, order_key
 from secateur.methods.budgets.settle import settle
 from secateur.methods.budgets.uniform import Uniform
-from secateur.methods.grains import NofM, Row
-from secateur.methods.legal import check_budget
 
 
 def share(text: str) -> Amount:
@@ -191,9 +189,9 @@ def test_owl_without_clipping_is_the_published_formula_exactly() -> None:
         values[s.name] = torch.ones(4000)
         values[s.name][:outliers] = 100.0
     assert list(run(Owl(), infos, share("0.5"), values).values()) == [1680, 2000, 2320]
-    assert list(run(Owl(strength=0.0), infos, share("0.5"), values).values()) == [2000] * 3
+    assert list(run(Owl(lambda_=0.0), infos, share("0.5"), values).values()) == [2000] * 3
     with pytest.raises(SecateurError, match="out of range"):
-        Owl(m=0)
+        Owl(M=0)
 
 
 def test_protected_ends_keep_everything_and_the_others_as_asked() -> None:
@@ -248,14 +246,6 @@ def test_whole_groups_add_up_by_exchange() -> None:
     assert sum(settle(infos, [0.0, 0.0], 1).values()) <= 1  # no sum of fives and threes makes 1
 
 
-def test_n_of_m_leaves_nothing_to_divide() -> None:
-    check_budget(Pooled(), Row())
-    check_budget(Uniform(), NofM(2, 4))
-    check_budget(Protected(Uniform(), 1), NofM(2, 4))
-    with pytest.raises(SecateurError, match=r"2:4 fixes.*pooled"):
-        check_budget(Pooled(), NofM(2, 4))
-
-
 def test_words_are_checked() -> None:
     with pytest.raises(SecateurError, match="did you mean 'zscore'"):
         Pooled(standardise="zscor")  # type: ignore[arg-type]
@@ -263,3 +253,5 @@ def test_words_are_checked() -> None:
         Pooled(over="row")  # type: ignore[arg-type]
     with pytest.raises(SecateurError, match="from the ends"):
         Protected(Uniform(), first=-1)
+    with pytest.raises(SecateurError, match="cost: true or cost: false"):
+        Pooled(cost="yes please")  # type: ignore[arg-type]

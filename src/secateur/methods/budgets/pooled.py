@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from secateur.errors import unknown
+from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount, Budget, SiteInfo
 from secateur.methods.budgets.ranks import Ranks, merged
 from secateur.methods.budgets.settle import settle, total_count, uniform_count
@@ -37,6 +37,8 @@ class Pooled(Budget):
             raise unknown("pool", self.over, ("model", "layer"))
         if self.standardise not in ("none", "zscore", "rms"):
             raise unknown("standardisation", self.standardise, ("none", "zscore", "rms"))
+        if not isinstance(self.cost, bool):
+            raise SecateurError("cost is a yes or no", received=self.cost, works="cost: true or cost: false")
 
     def observe(self, site: SiteInfo, scores: Tensor) -> Ranks:
         assert scores.numel() == site.units, f"{site.name}: {scores.numel()} scores for {site.units} units"

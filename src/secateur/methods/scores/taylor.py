@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.engine.probes import Evidence, Gradient, LocalGradient
+from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite, Score
 
 
@@ -27,10 +28,10 @@ class Taylor(Score):
     local: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs", (LocalGradient if self.local else Gradient,))
+        object.__setattr__(self, "needs", (_gradient(self.local),))
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
-        gradient = evidence[LocalGradient if self.local else Gradient].gradient
+        gradient = evidence[_gradient(self.local)].gradient
         return (site.weight * gradient.to(site.weight.device)).abs()
 
 
@@ -44,9 +45,15 @@ class TaylorVector(Score):
     local: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs", (LocalGradient if self.local else Gradient,))
+        object.__setattr__(self, "needs", (_gradient(self.local),))
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
         """Signed products, which only a fold over units makes an importance of."""
-        gradient = evidence[LocalGradient if self.local else Gradient].gradient
+        gradient = evidence[_gradient(self.local)].gradient
         return site.weight * gradient.to(site.weight.device)
+
+
+def _gradient(local: object) -> type[Gradient]:
+    if not isinstance(local, bool):
+        raise SecateurError("local is a yes or no", received=local, works="local: true or local: false")
+    return LocalGradient if local else Gradient
