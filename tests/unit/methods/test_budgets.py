@@ -189,9 +189,9 @@ def test_owl_without_clipping_is_the_published_formula_exactly() -> None:
         values[s.name] = torch.ones(4000)
         values[s.name][:outliers] = 100.0
     assert list(run(Owl(), infos, share("0.5"), values).values()) == [1680, 2000, 2320]
-    assert list(run(Owl(lambda_=0.0), infos, share("0.5"), values).values()) == [2000] * 3
+    assert list(run(Owl(strength=0.0), infos, share("0.5"), values).values()) == [2000] * 3
     with pytest.raises(SecateurError, match="out of range"):
-        Owl(M=0)
+        Owl(m=0)
 
 
 def test_protected_ends_keep_everything_and_the_others_as_asked() -> None:

@@ -32,15 +32,15 @@ class Owl(Budget):
 
     surveys = True
     ranking: ClassVar[type[Score] | None] = Wanda
-    M: float = 5.0
-    lambda_: float = 0.08
+    m: float = 5.0
+    strength: float = 0.08
 
     def __post_init__(self) -> None:
-        if not (self.M > 0 and 0 <= self.lambda_ <= 1):
+        if not (self.m > 0 and 0 <= self.strength <= 1):
             raise SecateurError(
                 "owl's options are out of range",
-                received=f"M={self.M}, lambda={self.lambda_}",
-                works="M=5 (above 0), lambda=0.08 (0 to 1)",
+                received=f"m={self.m}, strength={self.strength}",
+                works="m=5 (above 0), strength=0.08 (lambda, 0 to 1)",
             )
 
     def observe(self, site: SiteInfo, scores: Tensor) -> Ranks:
@@ -50,7 +50,7 @@ class Owl(Budget):
         """Share of outliers among all scores of one layer."""
         number = sum(r.number for r in ranks)
         mean = sum(r.total for r in ranks) / max(number, 1)
-        return sum(r.above(self.M * mean) for r in ranks) / max(number, 1)
+        return sum(r.above(self.m * mean) for r in ranks) / max(number, 1)
 
     def allot(self, sites: Sequence[SiteInfo], keep: Amount, seen: Mapping[str, Any]) -> dict[str, int]:
         layers: dict[int, list[SiteInfo]] = {}
@@ -64,13 +64,13 @@ class Owl(Budget):
         total = total_count(sites, keep)
         units = {at: sum(s.units for s in members) for at, members in layers.items()}
         base = total / max(sum(units.values()), 1)
-        floor, ceiling = max(base - self.lambda_, 0.0), min(base + self.lambda_, 1.0)
+        floor, ceiling = max(base - self.strength, 0.0), min(base + self.strength, 1.0)
 
         def shares(shift: float) -> dict[int, float]:
-            raised = {at: 2 * self.lambda_ * ((r - low) / spread if spread else 0.5) for at, r in ratio.items()}
+            raised = {at: 2 * self.strength * ((r - low) / spread if spread else 0.5) for at, r in ratio.items()}
             return {at: min(max(base + up + shift, floor), ceiling) for at, up in raised.items()}
 
-        below, above = -2 * self.lambda_ - 1, 1.0
+        below, above = -2 * self.strength - 1, 1.0
         for _ in range(100):  # the kept total rises with the shift
             mid = (below + above) / 2
             kept = sum(units[at] * share for at, share in shares(mid).items())
