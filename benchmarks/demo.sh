@@ -8,7 +8,7 @@ secateur=.venv/bin/secateur
 text=(--text builtin --samples 16 --length 512)
 
 $secateur inspect smollm2
-$secateur prune smollm2 -o out/demo/weights --space weight --method sparsegpt --sparsity 0.5 "${text[@]}" --overwrite
+$secateur prune smollm2 -o out/demo/weights --space weight --method sparsegpt --sparsity 0.5 "${text[@]}" --curve --overwrite
 $secateur prune smollm2 -o out/demo/ffn --space ffn --score wanda --keep 0.75 "${text[@]}" --overwrite
 
 echo

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from secateur.errors import SecateurError
+from secateur.helptext import ABOUT, INSPECT, MEASURE, MODEL, PLAN, PRUNE, REPORT
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
@@ -150,6 +151,7 @@ def _recipe_words(args: argparse.Namespace) -> dict[str, Any]:
     if text := {word: value for word, value in text.items() if value is not None}:
         given["text"] = text
     given |= {"measure": False} if args.no_measure else {}
+    given |= {"curve": True} if args.curve else {}
     given |= {"trust_remote_code": True} if args.trust_remote_code else {}
     return override(read_recipe(Path(args.recipe)) if args.recipe else {}, given)
 
@@ -259,6 +261,7 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--dry-run", action="store_true", help="predict size, memory and time, and stop")
     g.add_argument("--resume", action="store_true", help="go on from the last finished block")
     g.add_argument("--overwrite", action="store_true", help="replace an output that secateur wrote")
+    g.add_argument("--curve", action="store_true", help="also measure perplexity from 0 to 70 %% sparsity")
     g.add_argument("--no-measure", action="store_true", help="leave out the short measurement at the end")
     g.add_argument("--plan", metavar="FILE", help="replay a saved plan instead of choosing")
     _origin(p)
@@ -344,57 +347,3 @@ def _print(data: dict[str, Any]) -> None:
 
 def _say(text: str) -> None:
     print(f"secateur: {text}", file=sys.stderr)
-
-
-MODEL = "a directory, a hub id, a .gguf file, or smollm2 (the packaged one)"
-ABOUT = """\
-Prune neural networks, large language models first.
-
-  secateur inspect smollm2                       what it is made of, what can be pruned
-  secateur prune smollm2 -o out/half --space weight --score wanda --sparsity 0.5
-  secateur prune smollm2 -o out/slim --space ffn --score wanda --keep 75%
-  secateur measure smollm2 out/half out/slim     what it cost
-  secateur report out/slim                       the page, redrawn from report.json"""
-INSPECT = """\
-Print a model's anatomy: spaces and their sizes, parameters, MACs and KV bytes per token, and
-what cannot be pruned and why. Only config.json is read.
-
-  secateur inspect smollm2
-  secateur inspect ./my-model --check            prove it on a toy copy; exit 0 only if proved
-  secateur inspect ./my-model --json | jq .spaces"""
-PRUNE = """\
-Prune a model and write a checkpoint that loads, with a report of what it cost.
-
-  half of the weights, SparseGPT:
-    secateur prune smollm2 -o out/half --space weight --method sparsegpt --sparsity 0.5
-  two of every four weights, Wanda:
-    secateur prune smollm2 -o out/2of4 --space weight --score wanda --grain 2:4
-  three quarters of the FFN neurons, really cut:
-    secateur prune smollm2 -o out/slim --space ffn --score wanda --keep 0.75
-  six layers fewer of thirty, by block influence:
-    secateur prune smollm2 -o out/short --space layer --score block_influence --keep 24
-  as many FFN neurons fewer as makes the model a tenth smaller:
-    secateur prune smollm2 -o out/fit --space ffn --score wanda --target params=-10%
-  the largest sparsity with at most 5 % worse perplexity:
-    secateur prune smollm2 -o out/safe --space weight --score wanda --at-most-worse 5%
-  what it will need, before anything heavy:
-    secateur prune smollm2 -o out/half --space weight --score wanda --sparsity 0.5 --dry-run
-  several steps from a file, with fewer windows than it says:
-    secateur prune --recipe recipes/ffn-then-weights.yaml --samples 16
-
-A run that was stopped goes on with the same command and --resume."""
-PLAN = """\
-Decide what stays and write only the plan (one bit per unit), to look at or to replay.
-
-  secateur plan smollm2 -o out/plan --space ffn --score wanda --keep 0.75
-  secateur prune ./sibling -o out/sibling --plan out/plan/plan.safetensors"""
-MEASURE = """\
-Measure models side by side; the first is the reference for differences.
-
-  secateur measure smollm2 out/half --latency
-  secateur measure smollm2 out/half --text wikitext2-test.txt --windows 64 --dtype bf16 --json
-  secateur measure smollm2 out/half --choices piqa-dev.jsonl"""
-REPORT = """\
-Redraw report.html from report.json, the truth.
-
-  secateur report out/half"""

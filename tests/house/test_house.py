@@ -19,7 +19,6 @@ FLOORS = {"errors": 0, "anatomy": 1, "sparse": 1, "engine": 2}
 FLOORS |= dict.fromkeys(("methods", "runtimes", "training", "search", "measure", "export"), 3)
 TOP = 4  # cli run recipe report testing, and the helpers beside them
 HOST = {"engine/checkpoint.py"}  # and everything in engine/host/
-LIGHT = {"__init__", "__main__", "cli", "errors", "progress", "printing"}  # what `secateur --help` may load
 
 
 @cache

@@ -88,7 +88,7 @@ def test_every_option_of_prune_is_a_recipe_word(seen: Seen, tmp_path: Path) -> N
         *("--map", str(tmp_path / "m.yaml"), "--protect", "first:1", "--include", "*q_proj*", "--include", "*v_proj*"),
         *("--exclude", "*.3.*", "--text", "self", "--samples", "4", "--length", "32", "--batch-size", "2"),
         *("--seed", "9", "--dtype", "bf16", "--device", "cpu", "--threads", "1", "--overwrite", "--resume"),
-        *("--no-measure", "--trust-remote-code", "--revision", "main"),
+        *("--no-measure", "--curve", "--trust-remote-code", "--revision", "main"),
     ]
     assert cli.main(argv) == 0
     recipe, how = seen.recipe, seen.how
@@ -105,7 +105,7 @@ def test_every_option_of_prune_is_a_recipe_word(seen: Seen, tmp_path: Path) -> N
     assert [(r.match, r.keep) for r in step.map] == [("ffn", 0.5)]
     assert (recipe.text.source, recipe.text.samples, recipe.text.length, recipe.text.seed) == ("self", 4, 32, 9)
     assert (recipe.batch_size, recipe.seed, recipe.dtype, recipe.device, recipe.threads) == (2, 9, "bf16", "cpu", 1)
-    assert (recipe.trust_remote_code, recipe.revision) == (True, "main")
+    assert (recipe.trust_remote_code, recipe.revision, recipe.curve) == (True, "main", True)
     assert how == How(resume=True, overwrite=True, measure=False, plan_text=True)
 
 
