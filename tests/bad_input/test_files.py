@@ -208,6 +208,31 @@ def test_refused_before_weights_are_read(
     assert capsys.readouterr() == ("", "")
 
 
+WORDS = ("text_config", "num_experts", "layer_types", "head_dim", "attention_bias", "per_layer_config")
+VALUES = (None, -1, 0, 1.5, "x", [], {}, 10**6, True, [1], {"a": 1})
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_any_word_of_a_config_with_any_value(
+    pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Refused in one sentence, or opened with every tensor in its place; nothing else, and no chatter."""
+    folder = tmp_path / "model"
+    shutil.copytree(pristine / kind, folder)
+    whole = json.loads((folder / "config.json").read_text())
+    refused = 0
+    for word in (*whole, *WORDS):
+        for value in VALUES:
+            (folder / "config.json").write_text(json.dumps({**whole, word: value}))
+            try:
+                Store.open(resolve(folder))
+            except SecateurError as error:
+                refused += 1
+                assert "\n" not in str(error), (word, value)
+    assert refused > 150
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("kind", ["llama", "sharded", "mixtral", "gpt2"])
 def test_the_unspoilt_are_accepted(pristine: Path, kind: str) -> None:
     """The cases above fail for what was spoilt, and nothing else."""

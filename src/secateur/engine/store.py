@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateur.engine.headers import Entry, read_headers, read_json, refuse_quantised
 from secateur.engine.host import convert
 from secateur.engine.host.build import describe_skeleton, skeleton_model
-from secateur.engine.host.origin import Origin, candidates, load_gguf, plain_config, raw_config, read_config
+from secateur.engine.host.origin import Origin, built, candidates, load_gguf, plain_config, raw_config, read_config
 from secateur.engine.ragged import cut_to_sizes, read_sizes
 from secateur.errors import SecateurError
 
@@ -126,9 +126,9 @@ class Store:
     ) -> Store:
         if dtype is not None:
             config.dtype = dtype
-        model = skeleton_model(config)
+        model = built(origin, lambda: skeleton_model(config))
         cut_to_sizes(model, sizes)
-        store = cls(model, origin, dtype)
+        store = built(origin, lambda: cls(model, origin, dtype))
         store.raw, store.sizes, store._entries = raw, sizes, entries
         found = convert.correspond(model, {name: (e.dtype, e.shape) for name, e in entries.items()})
         store._absent, store._added_prefix = found.absent, found.added_prefix

@@ -10,11 +10,12 @@ import io
 import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
@@ -29,11 +30,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from secateur.engine.headers import read_json
 from secateur.errors import SecateurError
 
+T = TypeVar("T")
 PACKAGED = "smollm2"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -101,17 +104,15 @@ def read_config(origin: Origin) -> PreTrainedConfig:
         SecateurError: no such architecture, code that would run, quantised weights, sizes out of this world.
     """
     if origin.kind == "gguf":
-        with quiet():
-            config = _built(origin, lambda: AutoConfig.from_pretrained(origin.path, gguf_file=origin.gguf_file))
+        config = built(origin, lambda: AutoConfig.from_pretrained(origin.path, gguf_file=origin.gguf_file))
     else:
         raw = raw_config(origin)
         check_config(raw, origin.trust_remote_code)
         raw.pop("per_layer_config", None)
         if origin.trust_remote_code and "auto_map" in raw:
-            config = _built(origin, lambda: AutoConfig.from_pretrained(origin.path, trust_remote_code=True))
+            config = built(origin, lambda: AutoConfig.from_pretrained(origin.path, trust_remote_code=True))
         else:
-            known = AutoConfig.for_model
-            config = _built(origin, lambda: type(known(raw["model_type"])).from_dict(raw))
+            config = built(origin, lambda: CONFIG_MAPPING[raw["model_type"]].from_dict(raw))
     if not config.architectures:
         config.architectures = list(candidates(config))[:1] or None
     return config
@@ -156,6 +157,11 @@ def check_config(raw: Mapping[str, Any], trust_remote_code: bool = False) -> Non
             received=str(raw["auto_map"]),
             works="pass --trust-remote-code if you trust it, or use a model that Transformers itself knows",
         )
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(n, str) for n in named)):
+        raise SecateurError("architectures in config.json must be a list of class names", received=str(named))
+    if not isinstance(raw.get("text_config", {}), Mapping):
+        raise SecateurError("text_config in config.json must be a config", received=str(raw["text_config"]))
     for part in (raw, raw.get("text_config")):
         if not isinstance(part, Mapping):
             continue
@@ -183,8 +189,6 @@ def check_config(raw: Mapping[str, Any], trust_remote_code: bool = False) -> Non
 
 def known_family(name: str) -> bool:
     """Whether Transformers has a config class for this ``model_type``."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     return name in CONFIG_MAPPING
 
 
@@ -209,17 +213,16 @@ def read_tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
 def load_gguf(origin: Origin) -> nn.Module:
     """The whole model of a GGUF file, dequantised to fp32, with nothing left that calls it quantised."""
     config = read_config(origin)
-    with quiet():
-        model = _built(
-            origin,
-            lambda: AutoModelForCausalLM.from_pretrained(
-                origin.path,
-                config=config,
-                gguf_file=origin.gguf_file,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            ),
-        )
+    model: Any = built(
+        origin,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            origin.path,
+            config=config,
+            gguf_file=origin.gguf_file,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        ),
+    )
     config = model.config
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.__dict__.pop("quantization_config", None)
@@ -236,15 +239,18 @@ def quiet() -> Iterator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
 
 
-def _built(origin: Origin, make: Any) -> Any:
+def built(origin: Origin, make: Callable[[], T]) -> T:
+    """What ``make`` makes of the origin's files, quietly; what Transformers raises comes out as one sentence."""
     try:
-        return make()
+        with quiet():
+            return make()
     except UNBUILDABLE as error:
         what = "GGUF file" if origin.kind == "gguf" else "config"
         raise SecateurError(
