@@ -82,16 +82,26 @@ def read_header(path: Path) -> Header:
                 )
             raw = file.read(length)
     except OSError as error:
-        raise SecateurError(f"cannot read {path}", received=error.strerror or str(error)) from None
+        raise SecateurError(
+            f"cannot read {path}", received=error.strerror or str(error), works="give a file you may read"
+        ) from None
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise SecateurError(f"the header of {path.name} is not valid JSON", received=str(error), works=works) from None
     if not isinstance(table, dict):
-        raise SecateurError(f"the header of {path.name} is not a table of tensors", received=type(table).__name__)
+        raise SecateurError(
+            f"the header of {path.name} is not a table of tensors",
+            received=type(table).__name__,
+            works="fetch or convert the file again",
+        )
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise SecateurError(f"the metadata in the header of {path.name} must map words to words", received=metadata)
+        raise SecateurError(
+            f"the metadata in the header of {path.name} must map words to words",
+            received=metadata,
+            works="fetch or convert the file again",
+        )
     entries = [(name, _entry(path, name, row, 8 + length)) for name, row in table.items()]
     entries.sort(key=lambda item: (item[1].begin, item[1].end))
     at = 8 + length
@@ -145,11 +155,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise SecateurError(f"cannot read {path}", received=error.strerror or str(error)) from None
+        raise SecateurError(
+            f"cannot read {path}", received=error.strerror or str(error), works="give a file you may read"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise SecateurError(f"{path.name} is not valid JSON", received=str(error), works="fetch it again") from None
     if not isinstance(value, dict):
-        raise SecateurError(f"{path.name} must hold a JSON object", received=type(value).__name__)
+        raise SecateurError(
+            f"{path.name} must hold a JSON object",
+            received=type(value).__name__,
+            works="fetch or convert the file again",
+        )
     return value
 
 
@@ -167,11 +183,19 @@ def refuse_quantised(names: Iterable[str]) -> None:
 def _read_index(index: Path) -> dict[str, Entry]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
-        raise SecateurError(f"{INDEX} has no weight_map from tensor names to file names", received=table)
+        raise SecateurError(
+            f"{INDEX} has no weight_map from tensor names to file names",
+            received=table,
+            works="fetch or convert the file again",
+        )
     headers: dict[str, Header] = {}
     for shard in sorted(set(table.values())):
         if not shard.endswith(".safetensors") or shard != os.path.basename(shard) or shard.startswith("."):
-            raise SecateurError(f"{INDEX} names a shard that is not a safetensors file beside it", received=shard)
+            raise SecateurError(
+                f"{INDEX} names a shard that is not a safetensors file beside it",
+                received=shard,
+                works="fetch or convert the file again",
+            )
         path = index.parent / shard
         if not path.is_file():
             raise SecateurError(
@@ -183,19 +207,28 @@ def _read_index(index: Path) -> dict[str, Entry]:
         for name, entry in header.tensors.items():
             if table.get(name) != shard:
                 raise SecateurError(
-                    f"tensor {name!r} is in {shard}, but {INDEX} says otherwise", received=str(table.get(name))
+                    f"tensor {name!r} is in {shard}, but {INDEX} says otherwise",
+                    received=str(table.get(name)),
+                    works="fetch or convert the file again",
                 )
             found[name] = entry
     for name, shard in table.items():
         if name not in found:
-            raise SecateurError(f"{INDEX} promises tensor {name!r} in {shard}, which does not hold it")
+            raise SecateurError(
+                f"{INDEX} promises tensor {name!r} in {shard}, which does not hold it",
+                works="fetch or convert the file again",
+            )
     return found
 
 
 def _entry(path: Path, name: str, row: Any, start: int) -> Entry:
     where = f"tensor {name!r} in {path.name}"
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
-        raise SecateurError(f"{where} needs exactly dtype, shape and data_offsets", received=row)
+        raise SecateurError(
+            f"{where} needs exactly dtype, shape and data_offsets",
+            received=row,
+            works="fetch or convert the file again",
+        )
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
     if dtype in PACKED:
         raise SecateurError(
@@ -206,13 +239,19 @@ def _entry(path: Path, name: str, row: Any, start: int) -> Entry:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SecateurError(f"{where} has an unknown dtype", received=dtype, works=f"known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(_count(n) and n <= WIDEST for n in shape) or math.prod(shape) > WIDEST:
-        raise SecateurError(f"{where} has an impossible shape", received=shape)
+        raise SecateurError(f"{where} has an impossible shape", received=shape, works="fetch or convert the file again")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_count(n) for n in offsets):
-        raise SecateurError(f"{where} has impossible offsets", received=offsets)
+        raise SecateurError(
+            f"{where} has impossible offsets", received=offsets, works="fetch or convert the file again"
+        )
     begin, end = offsets
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != needed:
-        raise SecateurError(f"{where} needs {needed} bytes for its shape", received=f"{end - begin} bytes")
+        raise SecateurError(
+            f"{where} needs {needed} bytes for its shape",
+            received=f"{end - begin} bytes",
+            works="fetch or convert the file again",
+        )
     return Entry(path, DTYPES[dtype], tuple(shape), start + begin, start + end)
 
 

@@ -29,13 +29,25 @@ def read_sizes(record: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """
     sizes = record.get("sizes", {})
     if not isinstance(sizes, Mapping):
-        raise SecateurError("secateur.json must map blocks to sizes", received=type(sizes).__name__)
+        raise SecateurError(
+            "secateur.json must map blocks to sizes",
+            received=type(sizes).__name__,
+            works="use secateur.json and config.json as they were written together",
+        )
     for block, spaces in sizes.items():
         if not isinstance(spaces, Mapping) or not spaces:
-            raise SecateurError(f"secateur.json gives no sizes for {block!r}", received=spaces)
+            raise SecateurError(
+                f"secateur.json gives no sizes for {block!r}",
+                received=spaces,
+                works="use secateur.json and config.json as they were written together",
+            )
         for space, size in spaces.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise SecateurError(f"secateur.json gives {block} an impossible size of {space}", received=size)
+                raise SecateurError(
+                    f"secateur.json gives {block} an impossible size of {space}",
+                    received=size,
+                    works="use secateur.json and config.json as they were written together",
+                )
     return {str(block): dict(spaces) for block, spaces in sizes.items()}
 
 
@@ -51,13 +63,21 @@ def cut_to_sizes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> No
         blocks = {block.name: block for block in anatomy.blocks}
         for where, given in sizes.items():
             if where not in blocks:
-                raise SecateurError("secateur.json gives sizes for a block the model does not have", received=where)
+                raise SecateurError(
+                    "secateur.json gives sizes for a block the model does not have",
+                    received=where,
+                    works="use secateur.json and config.json as they were written together",
+                )
             if name not in given:
                 continue
             block = blocks[where]
             space = block.spaces.get(name)
             if space is None:
-                raise SecateurError(f"secateur.json sizes a space that {where} does not have", received=name)
+                raise SecateurError(
+                    f"secateur.json sizes a space that {where} does not have",
+                    received=name,
+                    works="use secateur.json and config.json as they were written together",
+                )
             count = given[name]
             if count > space.size:
                 raise SecateurError(

@@ -222,7 +222,11 @@ class Store:
         """A name on disk of block ``index``, as block ``position`` would have it (layers before it were dropped)."""
         words = name.split(".")
         if self._place is None or words[self._place] != str(index):
-            raise SecateurError("this checkpoint's names do not say which layer they belong to", received=name)
+            raise SecateurError(
+                "this checkpoint's names do not say which layer they belong to",
+                received=name,
+                works="keep all layers, or convert the checkpoint with save_pretrained first",
+            )
         return ".".join([*words[: self._place], str(position), *words[self._place + 1 :]])
 
     @cached_property
@@ -282,7 +286,11 @@ class Store:
         for group in found.groups:
             owners = {self.block_of(name) for name in group.shapes}
             if len(owners) > 1:
-                raise SecateurError("one tensor on disk holds several layers", received=group.sources[0][0])
+                raise SecateurError(
+                    "one tensor on disk holds several layers",
+                    received=group.sources[0][0],
+                    works="convert the checkpoint with save_pretrained first",
+                )
             for name, shape in group.shapes.items():
                 expected = memory.get(name)
                 if expected is None or tuple(expected.shape) != shape:
@@ -339,7 +347,9 @@ class Reader:
             value = read_entry(self._files[entry.file], entry)
         except OSError as error:
             raise SecateurError(
-                f"cannot read {name!r} from {entry.file}", received=error.strerror or str(error)
+                f"cannot read {name!r} from {entry.file}",
+                received=error.strerror or str(error),
+                works="fetch the checkpoint again",
             ) from error
         _finite(name, value)
         return value

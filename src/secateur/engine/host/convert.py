@@ -94,7 +94,11 @@ def correspond(model: Any, entries: Mapping[str, tuple[torch.dtype, tuple[int, .
             unexpected.add(renamed)
             continue
         if renamed in groups and pattern is None:
-            raise SecateurError("two tensors on disk mean the same one in memory", received=f"{name} for {renamed}")
+            raise SecateurError(
+                "two tensors on disk mean the same one in memory",
+                received=f"{name} for {renamed}",
+                works="fetch the checkpoint again, or convert it with save_pretrained first",
+            )
         group = groups.setdefault(renamed, Group(renamed, [], by_pattern[pattern] if pattern else None))
         group.sources.append((name, pattern or name))
         added = added or (pattern is None and renamed == f"{prefix}.{name}")

@@ -159,9 +159,17 @@ def check_config(raw: Mapping[str, Any], trust_remote_code: bool = False) -> Non
         )
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(n, str) for n in named)):
-        raise SecateurError("architectures in config.json must be a list of class names", received=str(named))
+        raise SecateurError(
+            "architectures in config.json must be a list of class names",
+            received=str(named),
+            works="use the config.json that came with these weights",
+        )
     if not isinstance(raw.get("text_config", {}), Mapping):
-        raise SecateurError("text_config in config.json must be a config", received=str(raw["text_config"]))
+        raise SecateurError(
+            "text_config in config.json must be a config",
+            received=str(raw["text_config"]),
+            works="use the config.json that came with these weights",
+        )
     for part in (raw, raw.get("text_config")):
         if not isinstance(part, Mapping):
             continue
@@ -177,7 +185,11 @@ def check_config(raw: Mapping[str, Any], trust_remote_code: bool = False) -> Non
             if not isinstance(value, int) or isinstance(value, bool):
                 continue
             if abs(value) > 2**40 or (name in COUNTS and not 1 <= value <= MOST_LAYERS):
-                raise SecateurError(f"config.json gives an impossible {name}", received=value)
+                raise SecateurError(
+                    f"config.json gives an impossible {name}",
+                    received=value,
+                    works="use the config.json that came with these weights",
+                )
     family = raw.get("model_type")
     if "auto_map" not in raw and (not isinstance(family, str) or not known_family(family)):
         raise SecateurError(
@@ -254,7 +266,9 @@ def built(origin: Origin, make: Callable[[], T]) -> T:
     except UNBUILDABLE as error:
         what = "GGUF file" if origin.kind == "gguf" else "config"
         raise SecateurError(
-            f"Transformers cannot make a model of this {what}: {_first_line(error)}", received=origin.given
+            f"Transformers cannot make a model of this {what}: {_first_line(error)}",
+            received=origin.given,
+            works="fetch the model again, or use one that the installed Transformers builds",
         ) from error
 
 
@@ -268,9 +282,15 @@ def _gguf(given: str, path: Path, trust: bool) -> Origin:
         with open(path, "rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise SecateurError(f"cannot read {path}", received=error.strerror or str(error)) from None
+        raise SecateurError(
+            f"cannot read {path}", received=error.strerror or str(error), works="give a file you may read"
+        ) from None
     if magic != b"GGUF":
-        raise SecateurError(f"{path.name} is not a GGUF file", received=f"it begins with {magic!r}")
+        raise SecateurError(
+            f"{path.name} is not a GGUF file",
+            received=f"it begins with {magic!r}",
+            works="fetch the file again, or give a model directory",
+        )
     return Origin(given, "gguf", path.parent, path.name, trust)
 
 
