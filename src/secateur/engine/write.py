@@ -138,6 +138,8 @@ def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
     """
     if source is not None and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):
         raise SecateurError("the output would replace the input", received=str(out), works="give another directory")
+    if source is not None and source.resolve() in out.resolve().parents:
+        raise SecateurError("the output would lie inside the input", received=str(out), works="give another directory")
     if out.is_file() or (out.is_symlink() and not out.exists()):
         raise SecateurError("the output is not a directory", received=str(out), works="give another name")
     if out.is_dir() and any(out.iterdir()):

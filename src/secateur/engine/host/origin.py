@@ -45,6 +45,8 @@ TOKENIZER_FILES = (
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 MOST_LAYERS = 10_000
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "num_attention_heads", "n_head", "vocab_size")
+MAY_BE_NONE = ("intermediate_size", "n_inner", "ffn_dim", "num_key_value_heads", "num_experts", "num_local_experts")
 UNBUILDABLE = (
     ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, OSError, IndexError,
     ZeroDivisionError, OverflowError, AssertionError, StrictDataclassError, struct.error,
@@ -184,7 +186,8 @@ def check_config(raw: Mapping[str, Any], trust_remote_code: bool = False) -> Non
         for name, value in part.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 continue
-            if abs(value) > 2**40 or (name in COUNTS and not 1 <= value <= MOST_LAYERS):
+            layers = name in COUNTS and not 1 <= value <= MOST_LAYERS
+            if abs(value) > 2**40 or layers or (name in WIDTHS and value < 1) or (name in MAY_BE_NONE and value < 0):
                 raise SecateurError(
                     f"config.json gives an impossible {name}",
                     received=value,
