@@ -30,9 +30,9 @@ def test_greedy_is_what_the_host_generates(kind: str) -> None:
     model = toy(kind)
     model.generation_config.eos_token_id = None
     ids = torch.randint(2, 50, (3, 5), generator=torch.Generator().manual_seed(1))
-    want = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0
-    )[:, 5:]
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0)[
+        :, 5:
+    ]
     assert torch.equal(torch.stack(list(decode(model, ids, 12)), 1), want)
 
 

@@ -124,6 +124,7 @@ def test_dataset_ids_name_config_split_and_column(monkeypatch: pytest.MonkeyPatc
 
     fake = ModuleType("datasets")
     fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    fake.exceptions = type("E", (), {"DatasetsError": KeyError})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert documents("x/y") == ["a"]
     assert documents("x/y", "test") == ["a"]
@@ -131,6 +132,14 @@ def test_dataset_ids_name_config_split_and_column(monkeypatch: pytest.MonkeyPatc
     assert asked == [("x/y", None, "train"), ("x/y", None, "test"), ("x/y", "en", "validation")]
     with pytest.raises(SecateurError, match=r"no column 'title'.*text, body"):
         documents("x/y:::title")
+    for error in (OSError("no network"), KeyError("damaged")):  # the second stands for the library's own
+
+        def refuse(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        fake.load_dataset = refuse  # type: ignore[attr-defined]
+        with pytest.raises(SecateurError, match=r"the dataset cannot be loaded: .*(no network|damaged)"):
+            documents("x/y")
 
 
 def test_builtin_halves_share_no_passage() -> None:

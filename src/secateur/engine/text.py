@@ -172,14 +172,10 @@ def _dataset_documents(source: str, split: Split) -> list[str]:
         ) from None
     name, config, part, column = [*source.split(":"), "", "", ""][:4]
     part = part or ("train" if split == "calibration" else "test")
+    refusals = (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError)
     try:
         rows = datasets.load_dataset(name, config or None, split=part)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        ImportError,
-    ) as error:  # what `datasets` raises for bad ids or no network
+    except refusals as error:  # bad ids, no network, damaged files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise SecateurError(f"the dataset cannot be loaded: {reason[0][:160]}", received=source, works=_WORKS) from None
     column = column or "text"
