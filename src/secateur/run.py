@@ -136,7 +136,7 @@ class _Run:
         _threads(recipe.threads)
 
     def go(self) -> dict[str, Any]:
-        if self.how.resume and finished(self.out, self.recipe):
+        if self.how.resume and finished(self.out, self.recipe, self.how):
             return {"out": str(self.out), "note": "this result is finished already; nothing was done"}
         self.origin = resolve(self.recipe.model, self.recipe.revision, self.recipe.trust_remote_code)
         source = self.origin.path if self.origin.kind == "directory" else None

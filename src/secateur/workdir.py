@@ -30,7 +30,7 @@ from secateur.engine.restore import restore_block
 from secateur.engine.store import RECORD
 from secateur.engine.write import StepWriter, work_dir, write_json, writing
 from secateur.errors import SecateurError
-from secateur.recipe import Recipe, diff
+from secateur.recipe import How, Recipe, diff
 
 
 def fingerprint(origin: Origin) -> str:
@@ -60,23 +60,38 @@ def changed_words(old: dict[str, Any], recipe: Recipe) -> list[str]:
         return [f"the recipe on record cannot be read: {error}"]
 
 
-def finished(out: Path, recipe: Recipe) -> bool:
-    """Whether ``out`` holds this recipe's result.
+def finished(out: Path, recipe: Recipe, how: How) -> bool:
+    """Whether ``out`` holds this recipe's result (a plan alone is none, unless a plan is all that is asked for).
+
+    Where the output may be replaced, an interrupted run that was about to replace it comes first.
 
     Raises:
         SecateurError: it holds another recipe's.
     """
-    record = out / RECORD
-    if not record.is_file():
+    record, work = out / RECORD, work_dir(out)
+    if not record.is_file() or (how.overwrite and (work / "run.json").is_file()):
         return False
     changes = changed_words(read_json(record).get("recipe", {}), recipe)
+    if changes and how.overwrite:
+        return False
     if changes:
         raise SecateurError(
             "the output holds the result of another recipe",
             received=changes[0],
             works="repeat the same words with --resume, or give another output (or --overwrite)",
         )
+    if not (how.only_plan or any(out.glob("model*.safetensors"))):
+        return False
+    if _published(work, len(recipe.steps)):
+        with writing(work):
+            shutil.rmtree(work, ignore_errors=True)
     return True
+
+
+def _published(work: Path, steps: int) -> bool:
+    """Whether a run was killed after its result was moved to the output, with only this directory left to remove."""
+    last = work / f"step-{max(steps, 1) - 1}"
+    return (last / "finished.json").is_file() and not (last / "ready").exists()
 
 
 @contextmanager

@@ -309,9 +309,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _sync_directory(path.parent)
-        except OSError:
+        finally:  # gone already unless something failed, or somebody pressed Ctrl-C
             temporary.unlink(missing_ok=True)
-            raise
 
 
 def _sync_directory(path: Path) -> None:
