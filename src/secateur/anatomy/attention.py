@@ -110,6 +110,8 @@ class Attention:
                 raise Unfit(self.positional)
             if look.on("alibi") or look.on("attn_config", "alibi"):
                 raise Unfit(ALIBI)
+            if look.number("num_kv_shared_layers"):
+                raise Unfit("layers share keys and values with each other")
             h = self.heads(look)
             group = self._kv_group(look, h)
             self._complete(look, h, group)

@@ -12,6 +12,7 @@ from secateur.anatomy.types import Anatomy, Block, Component, ConfigRule, Matrix
 
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
 CROSS = ("encoder_attn.", "crossattention.", "cross_attn.")
+LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
 ROUTERS = ("gate", "router", "wg", "router_proj", "shared_expert_gate", "shared_experts_gate", "classifier")
 
 
@@ -47,8 +48,10 @@ def build(family: Family, skeleton: Skeleton, origin: Literal["declared", "deriv
         spaces, outputs, why = _parts(family, look)
         blocks.append(Block(f"{skeleton.path}.{index}", index, _matrices(family, look), spaces, outputs))
         refused |= {k: v for k, v in why.items() if k not in refused}
-        if not outputs and not reason:
-            reason = "what this block adds to the residual stream is not known"
+        stranger = "" if outputs and origin == "declared" else _stranger(family, look)
+        if (not outputs or stranger) and not reason:
+            reason = f"what {stranger or 'its layers'} adds to the residual stream is not known"
+    reason = reason or _numbered(skeleton)
     if skeleton.shared:
         text = f"layers share parameters ({skeleton.shared[0]})"
         refused |= {n: text for b in blocks for n in b.spaces}
@@ -102,6 +105,29 @@ def _parts(family: Family, look: Look) -> tuple[dict[str, Space], tuple[str, ...
         if look.has(module):
             outputs += [t for t in look.outputs(module) if t not in outputs]
     return spaces, tuple(outputs) if len(sides) == 2 or (sides and family.alone) else (), refused
+
+
+def _stranger(family: Family, look: Look) -> str:
+    """The first part of a block that is neither a norm nor known to the family's description."""
+    known = [a.module for a in family.attention]
+    for part in family.ffn:
+        known += [part.experts.rpartition(".")[0]] if isinstance(part, Experts) else [*part.names()]
+    known += [*family.mixers, *family.shared, *CROSS]
+    heads = {k.partition(".")[0] for k in known}
+    for name, info in look.tensors.items():
+        if info.kind != "norm" and name.partition(".")[0] not in heads and "norm" not in name.partition(".")[0].lower():
+            return name
+    return ""
+
+
+def _numbered(skeleton: Skeleton) -> str:
+    """The reason why layers cannot be removed where each knows its place in the stack by more than its number."""
+    count = len(skeleton.blocks)
+    for name in skeleton.attributes[0]:
+        values = {attributes.get(name) for attributes in skeleton.attributes}
+        if count > 2 and len(values) == count and name.rpartition(".")[2] not in LAYER_NUMBERS:
+            return f"each layer computes with its place in the stack ({name})"
+    return ""
 
 
 def _matrices(family: Family, look: Look) -> tuple[Matrix, ...]:

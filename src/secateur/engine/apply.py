@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.anatomy.family import LAYER_NUMBERS
 from secateur.anatomy.types import Anatomy, Block, Port, Space
 from secateur.engine.host.build import changed_config, differences, skeleton_model
 from secateur.engine.silence import Silence, correction, silence
@@ -382,5 +383,4 @@ def _misfit(config: Any, fields: Mapping[str, Any], anatomy: Anatomy, keeps: Map
     return f"its config builds another model ({found})" if found else ""
 
 
-LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

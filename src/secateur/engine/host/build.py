@@ -62,6 +62,22 @@ def _autos(config: PreTrainedConfig) -> tuple[Any, ...]:
     return ORDER
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The text part of a nested config; the config itself where there is no other.
+
+    Raises:
+        SecateurError: if it has several.
+    """
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise SecateurError(
+            "this config has several text parts",
+            received=config.model_type,
+            works="a language model alone, or a model with one of them",
+        ) from error
+
+
 def changed_config(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """A config with other values of some (text) fields, as it comes back from its own JSON.
 
@@ -69,7 +85,7 @@ def changed_config(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTr
         SecateurError: if the config's class does not accept them.
     """
     words = copy.deepcopy(config.to_dict())
-    text = config.get_text_config()
+    text = text_config(config)
     inner = next((k for k, v in vars(config).items() if v is text), None) if text is not config else None
     (words if inner is None else words[inner]).update(fields)
     try:
@@ -88,8 +104,8 @@ def describe_skeleton(model: nn.Module) -> Skeleton:
     Raises:
         SecateurError: if no list of blocks is found.
     """
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = model.config
+    text = text_config(config)
     path = _blocks_path(model, text)
     blocks = model.get_submodule(path)
     prefix = path.rpartition(".")[0]

@@ -16,16 +16,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from secateur.anatomy.ffn import CORRECTIONS
-from secateur.engine.host.build import CONFIG_ERRORS, build_model, skeleton_model
+from secateur.engine.host.build import CONFIG_ERRORS, build_model, skeleton_model, text_config
 from secateur.errors import SecateurError
 
 LAYERS, MOST_LAYERS = 4, 8
-LARGEST = 4_000_000
+LARGEST = 6_000_000
 VOCABULARY, POSITIONS, WINDOW = 61, 64, 4
 
 # what each field becomes, if the config has it as a positive integer
 FIXED: Mapping[str, int] = {
     "vocab_size": VOCABULARY,
+    "decoder_vocab_size": VOCABULARY,
+    "pronunciation_vocab_size": VOCABULARY,
+    "shape_vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "max_position_embeddings": POSITIONS,
     "n_positions": POSITIONS,
@@ -64,7 +67,7 @@ FIXED: Mapping[str, int] = {
     "type_vocab_size": 2,
     "index_head_dim": 16,
     "index_n_heads": 3,
-    "index_topk": 8,
+    "index_topk": 16,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
@@ -78,12 +81,15 @@ PER_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "moshi": {"ffn_dim": 54},
     "prophetnet": {"num_encoder_attention_heads": 5, "num_decoder_attention_heads": 5, "num_decoder_layers": 4},
-    "reformer": {"is_decoder": True},
     "xglm": {"attention_heads": 5},
     "xlm": {"emb_dim": 120},
     "xlnet": {"d_head": 24, "d_inner": 53},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "mamba2": {"num_heads": 8, "head_dim": 30},
+    "recurrent_gemma": {"lru_width": 120},
+    "rwkv": {"attention_hidden_size": 120},
+    "falcon_h1": {"mamba_d_ssm": 192, "mamba_d_head": 24, "mamba_n_heads": 8},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [40, 80], "axial_pos_shape": [8, 8], "feed_forward_size": 53},
     "cpmant": {"dim_head": 16, "dim_ff": 53},
     "ctrl": {"dff": 53},
     "xlstm": {"num_heads": 4},
@@ -115,7 +121,7 @@ def toy_config(config: PreTrainedConfig, *, own_head_dim: bool = True) -> PreTra
     Raises:
         SecateurError: if the family's config does not take the smaller sizes.
     """
-    text = config.get_text_config()
+    text = text_config(config)
     words = copy.deepcopy(text.to_dict())
     for name in ("architectures", "quantization_config", "dtype", "torch_dtype", "transformers_version"):
         words.pop(name, None)
