@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from torch import nn
@@ -41,19 +44,27 @@ def tasks(
     manager = TaskManager()
     if missing := [n for n in names if n not in manager.all_tasks]:
         raise SecateurError("no such lm-eval task", received=", ".join(missing), works="`lm_eval ls tasks` lists them")
-    host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(model=host, tasks=list(names), limit=limit, task_manager=manager)
+    with _only_on_a_terminal():
+        host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = lm_eval.simple_evaluate(model=host, tasks=list(names), limit=limit, task_manager=manager)
     return flatten(found["results"])
+
+
+@contextmanager
+def _only_on_a_terminal() -> Iterator[None]:
+    """Keep the harness off standard output, and its progress bars out of logs."""
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with redirect_stdout(shown), redirect_stderr(shown):
+        yield
 
 
 def flatten(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Harness results ``{task: {"metric,filter": number}}`` as ``{"task/metric": number}``; the default filter
-    ``none`` goes unnamed."""
+    ``none`` goes unnamed. What has no filter (aliases, sample counts) is no metric."""
     out: dict[str, float] = {}
     for task, metrics in results.items():
         for key, value in metrics.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            metric, _, chosen = key.partition(",")
-            out[f"{task}/{metric}" + (f"@{chosen}" if chosen not in ("", "none") else "")] = float(value)
+            metric, comma, chosen = key.partition(",")
+            if comma and isinstance(value, int | float) and not isinstance(value, bool):
+                out[f"{task}/{metric}" + ("" if chosen == "none" else f"@{chosen}")] = float(value)
     return out
