@@ -200,7 +200,7 @@ class Attention:
         ports: tuple[Port, ...] = ()
         for q, k in self.norms:
             width = h.query * (h.per_group if keys else 1)
-            found = look.norm(self.at(q), h.queries * h.query, h.queries, width)
+            found = look.norm(self.at(q), h.queries * h.query, h.queries, width, h.key)
             if not keys and h.groups > 1:
                 found = tuple(
                     Port(p.tensor, p.axis, p.role, p.width, copy_stride=h.per_group * p.width) for p in found
@@ -281,6 +281,6 @@ class Latent:
         return {"head": Space("head", n, ports, sizes=sizes, config=config)}, why
 
 
-HARMLESS = ("rotary_emb", "inv_freq", "embed_positions", ".LayerNorm.", "masked_bias", *CAUSAL_MASKS)
+HARMLESS = ("rotary_emb", "inv_freq", "embed_positions", ".LayerNorm.", ".ln.", "_layer_norm.", "masked_bias", *CAUSAL_MASKS)
 ALIBI = "ALiBi slopes depend on a head's number"
 WIDTHS = ("embed_dim", "split_size", "all_head_size", "inner_dim", "hidden_size")

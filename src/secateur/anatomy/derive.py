@@ -27,7 +27,7 @@ PLAIN = (
     ("Wi", "Wo"),
 )
 STACKS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))
-ROUTERS = ("gate", "router", "router.gate", "router.layer", "router.classifier")
+ROUTERS = ("gate", "router", "router.gate", "router.layer", "router.classifier", "gate.wg")
 MIXERS = (
     "linear_attn.out_proj",
     "linear_attn.o_proj",

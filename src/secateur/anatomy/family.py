@@ -11,7 +11,8 @@ from secateur.anatomy.look import Look
 from secateur.anatomy.types import Anatomy, Block, Component, ConfigRule, Matrix, Skeleton, Space
 
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
-CROSS = ("encoder_attn.", "crossattention.", "cross_attn.")
+UNHEARD = ("mamba.dt_proj",)  # its weight is read by a kernel; the module itself never runs, so nothing listens there
+CROSS = ("encoder_attn.", "crossattention.", "cross_attn.")  # never run by a decoder on its own
 LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
 ROUTERS = ("gate", "router", "wg", "router_proj", "shared_expert_gate", "shared_experts_gate", "classifier")
 
@@ -50,7 +51,11 @@ def build(family: Family, skeleton: Skeleton, origin: Literal["declared", "deriv
         refused |= {k: v for k, v in why.items() if k not in refused}
         stranger = "" if outputs and origin == "declared" else _stranger(family, look)
         if (not outputs or stranger) and not reason:
-            reason = f"what {stranger or 'its layers'} adds to the residual stream is not known"
+            reason = (
+                f"what {stranger} adds to the residual stream is not known"
+                if stranger
+                else "what its layers add to the residual stream is not known"
+            )
     reason = reason or _numbered(skeleton)
     if skeleton.shared:
         text = f"layers share parameters ({skeleton.shared[0]})"
@@ -139,7 +144,7 @@ def _matrices(family: Family, look: Look) -> tuple[Matrix, ...]:
             continue
         if module.rpartition(".")[2] in ROUTERS or module in _routers(family):
             continue
-        if module.startswith(CROSS):  # never run by a decoder on its own
+        if module.startswith(CROSS) or module.endswith(UNHEARD):
             continue
         turned = info.kind == "conv1d"
         shape = (info.shape[1], info.shape[0]) if turned else (info.shape[0], info.shape[1])

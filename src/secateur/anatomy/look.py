@@ -93,7 +93,7 @@ class Look:
             value = value.get(name) if isinstance(value, Mapping) else None
         return value is True
 
-    def norm(self, module: str, full: int, rows: int, width: int) -> tuple[Port, ...]:
+    def norm(self, module: str, full: int, rows: int, width: int, per_head: int = 0) -> tuple[Port, ...]:
         """Ports of a norm over ``full`` entries in ``rows`` heads: none if it is shared by all heads.
 
         Args:
@@ -101,12 +101,13 @@ class Look:
             full: entries of all heads together.
             rows: heads.
             width: entries per unit, where the norm runs over all heads at once.
+            per_head: entries it normalises per head, where that is not all that a head writes (a gate beside it).
 
         Raises:
             Unfit: if it takes the mean over all heads, so that zeros are not the same as absence.
         """
         ports: list[Port] = []
-        per_head = full // rows
+        written = full // rows
         for leaf in ("weight", "bias"):
             name = f"{module}.{leaf}"
             if name not in self.tensors:
@@ -116,9 +117,9 @@ class Look:
                 if "RMS" not in owner and "Rms" not in owner and not owner.endswith("L2Norm"):
                     raise Unfit(f"{module} subtracts a mean over all heads")
                 ports.append(Port(name, 0, role_of(leaf), width))
-            elif shape == (rows, per_head) and rows > 1:
-                ports.append(Port(name, 0, "write", width // per_head))
-            elif shape not in ((per_head,), (1,)):
+            elif shape == (rows, written) and rows > 1:
+                ports.append(Port(name, 0, "write", width // written))
+            elif shape not in ((per_head or written,), (1,)):
                 raise Unfit(f"{module} has an unexpected shape {list(shape)}")
         return tuple(ports)
 

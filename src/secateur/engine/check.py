@@ -249,6 +249,7 @@ def _prove_weights(subject: _Subject, name: str) -> bool:
             stored = get_tensor(module, matrix.tensor)
             if tuple(matrix.view(stored).shape) != matrix.shape:
                 raise Refuted(f"{matrix.tensor} is {list(stored.shape)}, not {list(matrix.shape)}")
+    _listen(subject)
     keeps = {}
     for block in subject.anatomy.blocks:
         module = subject.model.get_submodule(block.name)
@@ -268,6 +269,33 @@ def _prove_weights(subject: _Subject, name: str) -> bool:
     if not _error(logits, subject.dense) > CONTRAST * 1e-7:
         raise Refuted("masking half of all weights does not change the logits")
     return True
+
+
+def _listen(subject: _Subject) -> None:
+    """Run the model once and see that every matrix's module is called, with inputs as wide as the matrix."""
+    heard: dict[str, int] = {}
+    hooks = []
+    for block in subject.anatomy.blocks:
+        for name in {m.module for m in block.matrices}:
+            full = f"{block.name}.{name}" if name else block.name
+
+            def hear(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], full: str = full) -> None:
+                first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+                heard[full] = 0 if first is None else first.shape[-1]
+
+            hooks.append(subject.model.get_submodule(full).register_forward_pre_hook(hear, with_kwargs=True))
+    try:
+        _logits(subject.model, subject.text)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for block in subject.anatomy.blocks:
+        for matrix in block.matrices:
+            full = f"{block.name}.{matrix.module}" if matrix.module else block.name
+            if full not in heard:
+                raise Refuted(f"{full} never runs, so that {matrix.tensor} does nothing")
+            if not matrix.experts and heard[full] != matrix.shape[1]:
+                raise Refuted(f"{full} reads {heard[full]} inputs, its matrix has {matrix.shape[1]}")
 
 
 def _prove_layers(subject: _Subject, name: str) -> bool:
