@@ -1,0 +1,110 @@
+"""Two processes that share the calibration text decide as one does, and write once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from secateur.engine.plan import Plan
+from whole_toys import cli, write_model, write_text
+
+STEPS = {
+    "wanda": ["--space", "weight", "--score", "wanda", "--sparsity", 0.5],
+    "sparsegpt": ["--space", "weight", "--method", "sparsegpt", "--sparsity", 0.5],
+    "pooled-taylor": ["--space", "ffn", "--score", "taylor", "--keep", "0.75", "--budget", "pooled"],
+}
+# one interpreter start for all runs; every process notes what it writes
+DRIVER = """
+import json, os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from secateur.cli import main
+rank, seen, real = os.environ["RANK"], [], os.replace
+os.replace = lambda a, b: (seen.append(str(b)), real(a, b))[1]
+for words in json.loads(Path(sys.argv[1]).read_text()):
+    code = main(words)
+    if code:
+        raise SystemExit(code)
+Path(f"written-{rank}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same steps by one process (``one/``) and by two (``two/``)."""
+    place = tmp_path_factory.mktemp("distributed")
+    write_model(place / "model", "llama", hidden_size=64, intermediate_size=160, num_hidden_layers=4)
+    write_text(place / "text.txt", 6000)
+    common = [
+        "--text",
+        str(place / "text.txt"),
+        "--samples",
+        "10",
+        "--length",
+        "32",
+        "--batch-size",
+        "2",
+        "--no-measure",
+    ]
+    runs = {}
+    for which in ("one", "two"):
+        runs[which] = [
+            [
+                "prune",
+                str(place / "model"),
+                "-o",
+                str(place / which / name),
+                *map(str, step),
+                *common,
+                "--no-measure",
+                "--json",
+            ]
+            for name, step in STEPS.items()
+        ]
+    for words in runs["one"]:
+        assert cli(*words) == 0
+    (place / "driver.py").write_text(DRIVER)
+    (place / "runs.json").write_text(json.dumps(runs["two"]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    ended = subprocess.run(
+        [*launch, "driver.py", "runs.json"],
+        cwd=place,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (place / "said").write_text(ended.stdout)
+    return place
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_decide_as_one(both: Path, name: str) -> None:
+    one, two = (Plan.load(both / which / name / "plan.safetensors") for which in ("one", "two"))
+    total = sum(one.total(k) for k in one)
+    assert total > 100
+    assert sum((one ^ two).kept(k) for k in one) <= 1e-5 * total
+    a, b = (load_file(both / which / name / "model.safetensors") for which in ("one", "two"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
+def test_one_output_written_by_the_first_process_once(both: Path) -> None:
+    assert sorted(p.name for p in (both / "two").iterdir()) == sorted(STEPS)
+    first, second = (json.loads((both / f"written-{rank}.json").read_text()) for rank in (0, 1))
+    assert second == [] and len(first) > 10
+    assert max(Counter(first).values()) == 1
+    assert len((both / "said").read_text().strip().splitlines()) == len(STEPS), "one object per run, from one process"
