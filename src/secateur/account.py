@@ -15,14 +15,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from secateur.measure.types import Measurement
 from secateur.methods.base import SiteInfo
 from secateur.methods.composed import Composed
 from secateur.parts import Parts
+from secateur.predict import Forecast
 from secateur.recipe import Recipe
+from secateur.report.model import Prediction as Predicted
 from secateur.report.model import Provenance, SiteRecord, StepRecord
 from secateur.stage import Outcome
 from secateur.step import Step
@@ -78,16 +82,16 @@ def _layers(keep: Tensor, info: SiteInfo) -> list[SiteRecord]:
     ]
 
 
-def step_record(step: Step, parts: Parts, outcome: Outcome, seconds: float, words: str = "") -> StepRecord:
-    """A step as it was carried out."""
+def step_record(step: Step, parts: Parts, outcome: Outcome, seconds: float, only_plan: bool = False) -> StepRecord:
+    """A step as it was carried out (or, with ``only_plan``, decided)."""
     amount = step.keep if step.keep is not None else step.target or step.at_most_worse or step.grain
     chain = {"grain": str(parts.grain), "budget": step.budget}
     if isinstance(parts.method, Composed):
         chain = {"score": step.score or "", **chain}
     else:
         chain = {"method": step.method or "", **chain}
-    said = words or ", ".join(f"{k} {v}" for k, v in step.to_words().items())
-    apply = step.apply or "mask"
+    said = ", ".join(f"{k} {v}" for k, v in step.to_words().items())
+    apply: Literal["mask", "cut", "plan"] = "plan" if only_plan else step.apply or "mask"
     name = step.score or step.method or "plan"
     return StepRecord(step.space, name, str(amount), apply, said, chain, site_records(outcome, step.space), seconds)
 
@@ -145,3 +149,19 @@ def file_hash(path: Path) -> str:
 def tensor_hash(ids: Tensor) -> str:
     """SHA-256 of token ids (int64, little endian)."""
     return hashlib.sha256(ids.contiguous().to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+def predictions(said: Forecast, found: Sequence[Measurement], seconds: float) -> tuple[Predicted, ...]:
+    """What the dry run would have said, beside what happened."""
+    size = found[-1].size if found else None
+    return (
+        Predicted("peak memory", "bytes", said.peak_ram, peak_rss()),
+        Predicted("parameters", "parameters", said.parameters[1], size.parameters if size else None),
+        Predicted("non-zero parameters", "parameters", said.nonzero[1], size.nonzero if size else None),
+        Predicted("weights on disk", "bytes", said.bytes[1], size.bytes if size else None),
+        Predicted(
+            "multiply-accumulates per token", "macs", said.macs_per_token[1], size.macs_per_token if size else None
+        ),
+        Predicted("KV cache per token", "bytes", said.kv_bytes_per_token[1], size.kv_bytes_per_token if size else None),
+        Predicted("wall time", "seconds", said.seconds, seconds),
+    )

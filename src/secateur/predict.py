@@ -27,7 +27,7 @@ OVERHEAD = 1.35  # a forward pass takes this much longer than its matrix product
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Forecast:
     """What a run will need and give.
 
     Attributes:
@@ -50,7 +50,7 @@ class Prediction:
     notes: tuple[str, ...] = ()
 
 
-def predict(run: _Run, first: Stage) -> Prediction:
+def predict(run: _Run, first: Stage) -> Forecast:
     """Predict a run from its first stage (later steps are cut on the same skeleton)."""
     store, notes = run.store, []
     whole = sum(store.bytes_of_block(i) for i in [*range(store.blocks), None])
@@ -62,7 +62,7 @@ def predict(run: _Run, first: Stage) -> Prediction:
     width = whole / max(before.parameters, 1)
     ram = _memory(run, first, whole)
     seconds = _seconds(run, first, before.macs_per_token)
-    return Prediction(
+    return Forecast(
         (before.parameters, after.parameters),
         (before.parameters, after.parameters - zeros),
         (whole, int(after.parameters * width)),
@@ -85,7 +85,7 @@ def _shrunk(run: _Run, first: Stage) -> tuple[Any, int, bool]:
 
     zeros, surveyed, model = 0.0, False, first.model
     for number, step in enumerate(run.steps):
-        stage = first if number == 0 else Stage(run.store, step, number, run._conditions())
+        stage = first if number == 0 else Stage(run.store, step, number, run.conditions())
         stage.model, stage.anatomy = model, anatomy_of(describe_skeleton(model))
         stage.blocks = list(model.get_submodule(stage.anatomy.path))
         stage.infos = stage._infos()
@@ -120,10 +120,11 @@ def _cut(model: Any, block: Block, space: str, count: int) -> None:
 def _memory(run: _Run, first: Stage, whole: int) -> dict[str, int]:
     """Peak resident bytes by part."""
     store, text = run.store, run.recipe.text
-    model, anatomy = run.store.skeleton(), first.anatomy
+    model: Any = run.store.skeleton()
+    anatomy = first.anatomy
     fp32 = 4 * sum(p.numel() for p in model.parameters())
-    block = max(4 * sum(p.numel() for p in b.parameters()) for b in model.get_submodule(anatomy.path))
-    outside = fp32 - sum(4 * sum(p.numel() for p in b.parameters()) for b in model.get_submodule(anatomy.path))
+    blocks = [4 * sum(p.numel() for p in b.parameters()) for b in model.get_submodule(anatomy.path)]
+    block, outside = max(blocks), fp32 - sum(blocks)
     in_memory = store.origin is None or store.origin.kind == "gguf"
     needs = {*first.parts.needs, *first.parts.survey_needs}
     width = DTYPE_BYTES[run.recipe.dtype]

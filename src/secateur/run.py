@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.account import Clock, file_hash, provenance, step_record, tensor_hash
+from secateur.account import Clock, file_hash, predictions, provenance, step_record, tensor_hash
+from secateur.cliff import curve_of, within_bound
 from secateur.engine.apply import ConfigChange, updated_config
 from secateur.engine.checkpoint import load
 from secateur.engine.decode import self_text
 from secateur.engine.distribute import World, world
-from secateur.engine.host.origin import Origin, read_tokenizer, resolve
+from secateur.engine.host.origin import PACKAGED, Origin, read_tokenizer, resolve
 from secateur.engine.outcome import outcome_of
 from secateur.engine.plan import Plan, keeps_of
 from secateur.engine.store import RECORD, Store
@@ -146,14 +147,15 @@ class _Run:
         all_parts = [parts_of(step) for step in self.steps]
         with self.clock.phase("open"):
             self.store = Store.open(self.origin)
-        first = Stage(self.store, self.steps[0], 0, self._conditions())
+        first = Stage(self.store, self.steps[0], 0, self.conditions())
         for step in self.steps[1:]:
             check_space(first.anatomy, step.space)
         reads = any(needs_text(p, s) for p, s in zip(all_parts, self.steps, strict=True)) and self._text_wanted
         if reads and self.recipe.text.source != "self":
             self._windows  # noqa: B018 (text errors belong before the work)
+        self.forecast = predict(self, first)
         if self.how.dry_run:
-            return {"dry_run": plain(predict(self, first))}
+            return {"dry_run": plain(self.forecast)}
         with opened(self.out, self.recipe, self.origin, self.how.resume, self.how.overwrite, self.world) as work:
             records, ready = [], work
             store = self.store
@@ -162,6 +164,9 @@ class _Run:
                 records.append(record)
                 if number + 1 < len(self.steps):
                     store = Store.open(replace(self.origin, kind="directory", path=ready, gguf_file=None))
+            if self.recipe.curve and not self.how.only_plan and self.world.first:
+                with self.clock.phase("curve"):
+                    self.curves.append(curve_of(self, self.store, self.steps[0]))
             self.world.wait()
             result = self._result(ready, tuple(records)) if self.world.first else {}
             if self.world.first:
@@ -181,13 +186,13 @@ class _Run:
             writer = StepWriter(work, store) if self.world.first else None
             self.world.wait()
             writer = writer or StepWriter(work, store)
-            stage = Stage(store, step, number, self._conditions())
+            stage = Stage(store, step, number, self.conditions())
             if step.goal is not None:
                 step = settled(stage, step)
-                stage = Stage(store, step, number, self._conditions())
+                stage = Stage(store, step, number, self.conditions())
             if step.worse is not None:
-                step = self._within(stage, step)
-                stage = Stage(store, step, number, self._conditions())
+                step = self._within(store, step, number)
+                stage = Stage(store, step, number, self.conditions())
             sink = BlockSink(writer, number, step.apply or "mask", self.world)
             replay = self.replay.step(number) if self.replay is not None else None
             if replay is not None and step.method is not None and not self._text_wanted:
@@ -211,7 +216,7 @@ class _Run:
                 kept = [i for i in range(store.blocks) if i not in outcome.dropped]
                 writer.finish(outcome_of(outcome.anatomy, change, store.sizes, words, files), kept)
         seconds = self.clock.phases[f"step {number + 1}"] - begin
-        record = step_record(step, stage.parts, outcome, seconds)
+        record = step_record(step, stage.parts, outcome, seconds, self.how.only_plan)
         if self.world.first:
             with writing(marker):
                 temporary = marker.with_suffix(".part")
@@ -220,11 +225,9 @@ class _Run:
         self.world.wait()
         return record, ready
 
-    def _within(self, stage: Stage, step: Step) -> Step:
+    def _within(self, store: Store, step: Step, number: int) -> Step:
         """The step at the largest sparsity whose perplexity stays within its bound."""
-        from secateur.cliff import within_bound
-
-        found = within_bound(self, stage, step)
+        found = within_bound(self, store, step, number)
         self.curves.append(found.curve)
         self.notes += found.notes
         return found.step
@@ -244,12 +247,13 @@ class _Run:
             measurements=tuple(models),
             comparison=against[-1] if against else None,
             curves=tuple(self.curves),
+            predictions=predictions(self.forecast, models, sum(self.clock.phases.values())),
             provenance=provenance(self.recipe, self.clock, self.hashes),
             loader="secateur.load" if sizes else self._loader(ready),
             notes=tuple(self.notes),
         )
         page.write(ready)
-        (ready / "README.md").write_text(card(page, self.recipe.model), encoding="utf-8")
+        (ready / "README.md").write_text(card(page, base_model_of(self.recipe.model)), encoding="utf-8")
         out: dict[str, Any] = {"out": str(self.out), "report": str(self.out / "report.html")}
         if self.how.only_plan:
             out = {"out": str(self.out), "plan": str(self.out / PLAN)}
@@ -267,7 +271,7 @@ class _Run:
         if not (self.how.measure and self.recipe.measure) or self.how.only_plan:
             self.notes.append("not measured: --no-measure was given")
             return [], []
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         if tokenizer is None:
             self.notes.append("quality was not measured: the model has no tokenizer")
         options = self.measure_options()
@@ -304,7 +308,8 @@ class _Run:
 
         return {"secateur": __version__, "base_model": self.recipe.model, "seed": self.recipe.seed}
 
-    def _conditions(self) -> Conditions:
+    def conditions(self) -> Conditions:
+        """What every stage of this run shares."""
         last = {"phase": "", "done": 0}
 
         def tick(phase: str, done: int, total: int) -> None:
@@ -331,21 +336,22 @@ class _Run:
 
         from secateur.engine.write import work_dir
 
-        text, hidden = self.recipe.text, getattr(self._hidden_size, "real", 0)
-        needed = text.samples * text.length * hidden * DTYPES[self.recipe.dtype].itemsize // self.world.size
+        text = self.recipe.text
+        needed = text.samples * text.length * self._hidden_size * DTYPES[self.recipe.dtype].itemsize // self.world.size
         return work_dir(self.out) / "activations" if needed > psutil.virtual_memory().available // 4 else None
 
     @property
     def _hidden_size(self) -> int:
         store = getattr(self, "store", None)
-        return int(getattr(store.config.get_text_config(), "hidden_size", 0) or 0) if store is not None else 0
+        return hidden_size(store.config) if store is not None else 0
 
     @property
     def _text_wanted(self) -> bool:
         return self.replay is None or self.how.plan_text
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None."""
         return read_tokenizer(self.origin)
 
     def batches(self) -> list[Tensor]:
@@ -355,7 +361,7 @@ class _Run:
     @cached_property
     def _windows(self) -> Tensor:
         """Calibration windows [samples, length]; checked not to be the test text."""
-        text, tokenizer = self.recipe.text, self._tokenizer
+        text, tokenizer = self.recipe.text, self.tokenizer
         if tokenizer is None:
             raise SecateurError(
                 "this step reads calibration text, and the model has no tokenizer",
@@ -392,6 +398,18 @@ def _whole(origin: Origin, device: torch.device) -> nn.Module:
     if origin.kind == "directory" and (origin.path / RECORD).is_file():
         return load(origin.path).to(device)
     return _loaded(Store.open(origin), device)
+
+
+def hidden_size(config: Any) -> int:
+    """Width of the residual stream, 0 if the config does not say."""
+    return int(getattr(config.get_text_config(), "hidden_size", 0) or 0)
+
+
+def base_model_of(given: str) -> str | None:
+    """The hub id of a model for a card's front matter; None for files and directories."""
+    if given == PACKAGED:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return None if Path(given).exists() else given
 
 
 def _device(word: str) -> torch.device:

@@ -20,6 +20,7 @@ from secateur.engine.gradients import gradients
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.plan import Plan
 from secateur.engine.probes import Evidence, Gradient, Probe
+from secateur.engine.silence import Silence
 from secateur.engine.store import Store
 from secateur.engine.walk import Visit, WalkSettings, walk
 from secateur.errors import SecateurError
@@ -110,7 +111,7 @@ class Stage:
         self.model: Any = store.skeleton()
         self.anatomy = anatomy_of(describe_skeleton(self.model))
         check_space(self.anatomy, step.space)
-        self.blocks = list(self.model.get_submodule(self.anatomy.path))
+        self.blocks: list[Any] = list(self.model.get_submodule(self.anatomy.path))
         self.infos = self._infos()
         if not self.infos:
             raise SecateurError(
@@ -119,6 +120,7 @@ class Stage:
                 works=f"patterns such as '{self.anatomy.blocks[0].name}*'",
             )
         self.gradient: dict[str, Probe] = {}
+        self.silenced: list[Silence] = []
 
     def run(self, sink: Sink, replay: Plan | None = None, reweigh: bool = True) -> Outcome:
         """Carry the step out; every finished block goes to ``sink`` in order.
@@ -133,22 +135,22 @@ class Stage:
             counts: dict[str, int] = {}
             self._check_replay(replay)
         elif self.step.space == "layer":
-            replay, counts = self._choose_layers(), {}
+            replay, counts = self.choose_layers(), {}
         else:
             counts = self.counts()
         if replay is None and Gradient in self.parts.needs:
-            self.gradient = self._gradients()
+            self.gradient = self.gradients()
         layers = replay[f"{self.number}/layer/model"] if replay is not None and self.step.space == "layer" else None
         gone = ~layers if layers is not None and self.step.apply == "cut" else torch.zeros(len(self.blocks)).bool()
         plan = Plan()
         skip = {i for i in range(len(self.blocks)) if sink.finished(i)}
         needs = () if len(skip) == len(self.blocks) else self._walk_needs(replay)
-        for visit in self._walk(needs, phase=f"step {self.number + 1}", skip=skip):
+        for visit in self.visits(needs, phase=f"step {self.number + 1}", skip=skip):
             index = visit.block.index
             if index in skip:
                 done = sink.restore(self.model, index)
             else:
-                done = self._prune(visit, counts, replay)
+                done = self.prune_block(visit, counts, replay)
                 self._round(visit)
                 if not gone[index]:
                     sink.write(index, visit.module, done)
@@ -175,9 +177,9 @@ class Stage:
     def survey(self) -> Iterator[tuple[str, Tensor]]:
         """Scores of every site on the dense model, in order: the ranking score, folded to the step's grain."""
         ranking = self.parts.ranking
-        gradient = self._gradients() if Gradient in ranking.needs else {}
+        gradient = self.gradients() if Gradient in ranking.needs else {}
         needs = tuple(p for p in ranking.needs if p is not Gradient)
-        for visit in self._walk(needs, "survey", dense=True, gradient=gradient):
+        for visit in self.visits(needs, "survey", dense=True, gradient=gradient):
             yield from self._scores(visit)
 
     def _scores(self, visit: Visit) -> Iterator[tuple[str, Tensor]]:
@@ -190,14 +192,13 @@ class Stage:
         else:
             space = WHOLE if step.space == "layer" else visit.block.spaces.get(step.space)
             if space is not None:
-                site = unit_site(visit, space, len(self.anatomy.blocks), self.at.seed)
-                yield visit.block.name, ranking.units(site)
+                units = unit_site(visit, space, len(self.anatomy.blocks), self.at.seed)
+                yield visit.block.name, ranking.units(units)
 
-    def _choose_layers(self) -> Plan:
-        scores = dict(self.survey())
-        values = torch.cat([scores[b.name].reshape(-1).double() for b in self.anatomy.blocks])
-        info = self.infos[0]
-        amount = self.step.amount
+    def choose_layers(self, amount: Amount | None = None) -> Plan:
+        """Which layers stay, from one survey of the dense model."""
+        values, info = self._layer_scores.clone(), self.infos[0]
+        amount = amount if amount is not None else self.step.amount
         assert amount is not None
         first, last = self.step.ends
         count = amount.of(info.units)
@@ -212,6 +213,11 @@ class Stage:
         keep = Unit().select(finite, count)
         return Plan({f"{self.number}/layer/model": keep})
 
+    @cached_property
+    def _layer_scores(self) -> Tensor:
+        scores = dict(self.survey())
+        return torch.cat([scores[b.name].reshape(-1).double() for b in self.anatomy.blocks])
+
     def _walk_needs(self, replay: Plan | None) -> tuple[type[Probe], ...]:
         if self.step.space == "layer":
             return ()
@@ -219,7 +225,7 @@ class Stage:
             return ()
         return tuple(p for p in self.parts.needs if p is not Gradient)
 
-    def _walk(
+    def visits(
         self,
         needs: tuple[type[Probe], ...],
         phase: str,
@@ -227,6 +233,7 @@ class Stage:
         gradient: Mapping[str, Probe] | None = None,
         skip: set[int] | None = None,
     ) -> Iterator[Visit]:
+        """Visit the blocks with these statistics (and gradients) as evidence; see `walk`."""
         gradient, skip = self.gradient if gradient is None else gradient, skip or set()
         batches = self.at.batches() if needs else []
         if needs and len(batches) < self.at.world.size:
@@ -259,7 +266,8 @@ class Stage:
     def _gradient_names(self, visit: Visit) -> list[str]:
         return [s.name for s in matrix_sites(visit, visit.block.matrices, len(self.anatomy.blocks), self.at.seed)]
 
-    def _gradients(self) -> dict[str, Probe]:
+    def gradients(self) -> dict[str, Probe]:
+        """Gradients of the whole model's loss, by site."""
         self.at.tick("gradient", 0, 1)
         return gradients(self.store, self.anatomy, self.at.batches(), self.at.world, self.at.tick)
 
@@ -270,7 +278,7 @@ class Stage:
             if dtype != value.dtype and value.is_floating_point():
                 value.data = value.data.to(dtype).to(value.dtype)
 
-    def _prune(self, visit: Visit, counts: Mapping[str, int], replay: Plan | None) -> Plan:
+    def prune_block(self, visit: Visit, counts: Mapping[str, int], replay: Plan | None) -> Plan:
         """Decide about one block and apply; returns the block's part of the plan."""
         if self.step.space == "weight":
             return self._prune_weights(visit, counts, replay)
@@ -291,7 +299,7 @@ class Stage:
             site = unit_site(visit, space, len(self.anatomy.blocks), self.at.seed)
             mask = self.parts.method.prune_units(site, counts[visit.block.name]).mask.cpu()
         change = cut_block if self.step.apply == "cut" else mask_block
-        change(visit.module, visit.block, {self.step.space: mask})
+        self.silenced += change(visit.module, visit.block, {self.step.space: mask}) or []
         return Plan({key: mask})
 
     def _prune_weights(self, visit: Visit, counts: Mapping[str, int], replay: Plan | None) -> Plan:

@@ -160,10 +160,10 @@ class Attention:
             ports = look.writes(self.at(self.q), (g + 2) * h.key)
         ports += self._norms(look, h, keys=True) + self._extra(look, h, g)
         ports += look.reads(self.at(self.o), g * h.value)
-        numbers = {n: (h.queries, g) for n in ("num_heads", "num_attention_heads", "n_heads", "n_head")}
-        numbers |= {n: (h.groups, 1) for n in ("num_key_value_heads", "num_kv_heads", "n_kv_heads")}
+        numbers = dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "n_head"), (h.queries, g))
+        numbers |= dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), (h.groups, 1))
         if g == 1:
-            numbers |= {n: (h.queries * h.query, h.query) for n in WIDTHS}
+            numbers |= dict.fromkeys(WIDTHS, (h.queries * h.query, h.query))
         config: dict[str, ConfigRule] = {}
         if self.head_dim:
             config = look.field(QUERY_FIELDS, g) | look.field(KV_FIELDS) | self._fixed(look, h)
@@ -185,10 +185,10 @@ class Attention:
             *self._extra(look, h, 1),
             *look.reads(self.at(self.o), h.value, copy_stride=h.per_group * h.value),
         )
-        numbers = {n: (h.queries, h.groups) for n in ("num_heads", "num_attention_heads", "n_heads", "n_head")}
-        numbers |= {n: (h.per_group, 1) for n in ("num_key_value_groups", "num_queries_per_kv")}
+        numbers = dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "n_head"), (h.queries, h.groups))
+        numbers |= dict.fromkeys(("num_key_value_groups", "num_queries_per_kv"), (h.per_group, 1))
         if h.groups == 1:  # multi-query: the fused rows of queries are what these widths count
-            numbers |= {n: (h.queries * h.query, h.query) for n in WIDTHS}
+            numbers |= dict.fromkeys(WIDTHS, (h.queries * h.query, h.query))
         config: dict[str, ConfigRule] = {}
         if self.head_dim:
             config = look.field(QUERY_FIELDS, h.groups) | self._fixed(look, h)
@@ -202,9 +202,7 @@ class Attention:
             width = h.query * (h.per_group if keys else 1)
             found = look.norm(self.at(q), h.queries * h.query, h.queries, width, h.key)
             if not keys and h.groups > 1:
-                found = tuple(
-                    Port(p.tensor, p.axis, p.role, p.width, copy_stride=h.per_group * p.width) for p in found
-                )
+                found = tuple(Port(p.tensor, p.axis, p.role, p.width, copy_stride=h.per_group * p.width) for p in found)
             ports += found
             if keys:
                 ports += look.norm(self.at(k), h.groups * h.key, h.groups, h.key)
@@ -231,7 +229,6 @@ class Attention:
     def _fixed(self, look: Look, h: Heads) -> dict[str, ConfigRule]:
         name = next((n for n in HEAD_DIM_FIELDS if n in look.config), "head_dim")
         return {name: ConfigRule(fixed=h.key)}
-
 
 
 @dataclass(frozen=True)
@@ -276,11 +273,20 @@ class Latent:
             if self.at(e) in look.tensors and look.shape(self.at(e)) == (n,):
                 ports += (Port(self.at(e), 0, "write"),)
         ports += look.reads(self.at(self.o), value)
-        sizes = look.sizes(self.module, {k: (n, 1) for k in ("num_heads", "num_attention_heads", "n_heads")})
+        sizes = look.sizes(self.module, dict.fromkeys(("num_heads", "num_attention_heads", "n_heads"), (n, 1)))
         config = look.field(QUERY_FIELDS) | (look.field(KV_FIELDS) if look.number(*KV_FIELDS) else {})
         return {"head": Space("head", n, ports, sizes=sizes, config=config)}, why
 
 
-HARMLESS = ("rotary_emb", "inv_freq", "embed_positions", ".LayerNorm.", ".ln.", "_layer_norm.", "masked_bias", *CAUSAL_MASKS)
+HARMLESS = (
+    "rotary_emb",
+    "inv_freq",
+    "embed_positions",
+    ".LayerNorm.",
+    ".ln.",
+    "_layer_norm.",
+    "masked_bias",
+    *CAUSAL_MASKS,
+)
 ALIBI = "ALiBi slopes depend on a head's number"
 WIDTHS = ("embed_dim", "split_size", "all_head_size", "inner_dim", "hidden_size")

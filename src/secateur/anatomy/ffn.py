@@ -52,7 +52,7 @@ class Ffn:
         owner = self.down.rpartition(".")[0]
         if self.norm and f"{self.norm}.bias" in look.tensors:
             return {}, {"ffn": f"{self.norm} subtracts a mean over all neurons"}
-        sizes = look.sizes(owner, {n: (size, 1) for n in ATTRIBUTES})
+        sizes = look.sizes(owner, dict.fromkeys(ATTRIBUTES, (size, 1)))
         return {"ffn": Space("ffn", size, ports, sizes=sizes, config=look.field(self.fields))}, {}
 
 
@@ -118,7 +118,7 @@ class Experts:
                 start = part if self.interleaved else part * size
                 ports.append(Port(name, axis, "write", 1, start, step, copy_axis=0))
         ports.append(Port(f"{self.experts}.{self.down}", ins, "read", copy_axis=0))
-        sizes = look.sizes(self.experts, {n: (size, 1) for n in ATTRIBUTES})
+        sizes = look.sizes(self.experts, dict.fromkeys(ATTRIBUTES, (size, 1)))
         return Space("ffn", size, tuple(ports), copies=count, sizes=sizes, config=look.field(self.fields))
 
     def _refusal(self, look: Look) -> str:
@@ -150,7 +150,7 @@ class Experts:
                 ports.append(Port(name, 0, "write"))
         sizes: dict[str, int] = {}
         for module in {self.experts, self.router, parent, self.router.rpartition(".")[0]}:
-            sizes |= look.sizes(module, {n: (count, 1) for n in COUNTS})
+            sizes |= look.sizes(module, dict.fromkeys(COUNTS, (count, 1)))
         top = look.attribute(self.router, TOP_K) or look.attribute(parent, TOP_K) or look.number(*TOP_K) or 1
         return Space(
             "expert",

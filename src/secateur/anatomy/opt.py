@@ -16,7 +16,9 @@ TROCR = Family((Attention(o="out_proj", head_dim=False, positional=WIDE),), (PLA
 IN_MLP = (Ffn(("mlp.fc_in",), "mlp.fc_out"),)
 GPTJ = Family((Attention("attn", o="out_proj", head_dim=False),), IN_MLP)
 QUARTERS = "its fused projection interleaves queries, values and keys in four quarters"
-CODEGEN = Family((Attention("attn", "qkv_proj", o="out_proj", fused="parts", head_dim=False, positional=QUARTERS),), IN_MLP)
+CODEGEN = Family(
+    (Attention("attn", "qkv_proj", o="out_proj", fused="parts", head_dim=False, positional=QUARTERS),), IN_MLP
+)
 NEO = Family((Attention("attn.attention", o="out_proj", head_dim=False),), (Ffn(("mlp.c_fc",), "mlp.c_proj"),))
 MPT = Family(
     (Attention("attn", "Wqkv", o="out_proj", fused="parts", head_dim=False, positional=ALIBI),),

@@ -292,6 +292,8 @@ def _listen(subject: _Subject) -> None:
     for block in subject.anatomy.blocks:
         for matrix in block.matrices:
             full = f"{block.name}.{matrix.module}" if matrix.module else block.name
+            if matrix.module and not matrix.tensor.startswith(matrix.module + "."):
+                raise Refuted(f"{matrix.tensor} does not belong to {matrix.module}")
             if full not in heard:
                 raise Refuted(f"{full} never runs, so that {matrix.tensor} does nothing")
             if not matrix.experts and heard[full] != matrix.shape[1]:

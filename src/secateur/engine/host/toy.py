@@ -89,7 +89,12 @@ PER_FAMILY: Mapping[str, Mapping[str, Any]] = {
     "recurrent_gemma": {"lru_width": 120},
     "rwkv": {"attention_hidden_size": 120},
     "falcon_h1": {"mamba_d_ssm": 192, "mamba_d_head": 24, "mamba_n_heads": 8},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [40, 80], "axial_pos_shape": [8, 8], "feed_forward_size": 53},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [40, 80],
+        "axial_pos_shape": [8, 8],
+        "feed_forward_size": 53,
+    },
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 6, "ssm_state_size": 8, "n_groups": 2},
     "cpmant": {"dim_head": 16, "dim_ff": 53},
     "ctrl": {"dff": 53},
