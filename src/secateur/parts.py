@@ -60,7 +60,7 @@ def parts_of(step: Step) -> Parts:
     if step.method is not None:
         choice = step.choice("method")
         assert choice is not None
-        method = make(choice, METHODS, Method, "method", grain=grain)
+        method = make(choice, METHODS, Method, "method", {"grain": grain})
         return Parts(method, None, grain, budget, _ranking(budget, None))
     choice = step.choice("score")
     assert choice is not None
@@ -87,7 +87,7 @@ def _ranking(budget: Budget, score: Score | UnitScore | None) -> Score | UnitSco
     return score if score is not None else SCORES["wanda"]()
 
 
-def make(choice: Choice, table: Mapping[str, Any], kind: Any, word: str, **given: Any) -> Any:
+def make(choice: Choice, table: Mapping[str, Any], kind: Any, word: str, given: Mapping[str, Any] | None = None) -> Any:
     """An instance of a table's entry (or of ``module:Class``) with the options of a choice.
 
     Raises:
@@ -95,6 +95,7 @@ def make(choice: Choice, table: Mapping[str, Any], kind: Any, word: str, **given
     """
     cls = table[choice.name] if choice.name in table else _imported(choice.name, kind, word, table)
     known = {f.name.rstrip("_"): f for f in fields(cls)} if hasattr(cls, "__dataclass_fields__") else {}
+    given = given or {}
     options: dict[str, Any] = {k: v for k, v in given.items() if k in known}
     for name, value in choice.options:
         if name not in known or name in given:
@@ -104,7 +105,9 @@ def make(choice: Choice, table: Mapping[str, Any], kind: Any, word: str, **given
         return cls(**options)
     except (TypeError, ValueError) as error:
         raise SecateurError(
-            f"{word} {choice.name} does not take these options: {error}", received=str(choice)
+            f"{word} {choice.name} does not take these options: {error}",
+            received=str(choice),
+            works=", ".join(f"{name}={f.default}" for name, f in known.items() if name not in given) or "no options",
         ) from None
 
 

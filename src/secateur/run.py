@@ -1,4 +1,7 @@
-"""The verbs: recipe in, checkpoint and report out. The whole path of a run, top to bottom."""
+"""The verbs: recipe in, checkpoint and report out. The whole path of a run, top to bottom.
+
+Long because the path is read in one piece; what a run merely needs (goals, cliff, forecast, records) lives elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -310,13 +313,13 @@ class _Run:
 
     def conditions(self) -> Conditions:
         """What every stage of this run shares."""
-        last = {"phase": "", "done": 0}
+        last: dict[str, Any] = {"phase": "", "done": 0}
 
         def tick(phase: str, done: int, total: int) -> None:
             if phase != last["phase"]:
                 self.progress.phase(phase, total)
                 last["phase"], last["done"] = phase, 0
-            self.progress.advance(done - int(last["done"]))
+            self.progress.advance(done - last["done"])
             last["done"] = done
 
         return Conditions(

@@ -92,15 +92,19 @@ class Attention:
             value = look.outs(self.at(self.v)) // max(groups, 1)
             queries = ins // max(value, 1)
             query = look.outs(self.at(self.q)) // max(queries, 1)
-            sizes = (groups * size, groups * value, queries * value, queries * query)
-            found = (*(look.outs(self.at(n)) for n in (self.k, self.v)), ins, look.outs(self.at(self.q)))
+            sizes: tuple[int, ...] = (groups * size, groups * value, queries * value, queries * query)
+            found: tuple[int, ...] = (
+                *(look.outs(self.at(n)) for n in (self.k, self.v)),
+                ins,
+                look.outs(self.at(self.q)),
+            )
         else:
             queries, value, query = ins // size, size, size
             groups = (look.outs(self.at(self.q)) - ins) // (2 * size)
-            sizes = (queries * size, (queries + 2 * groups) * size)
-            found = (ins, look.outs(self.at(self.q)))
+            sizes = [queries * size, (queries + 2 * groups) * size]
+            found = [ins, look.outs(self.at(self.q))]
         if sizes != found or min(groups, queries) < 1 or queries % groups:
-            raise Unfit(f"its shapes {list(found)} are not whole numbers of heads of {size}")
+            raise Unfit(f"its shapes {found} are not whole numbers of heads of {size}")
         return Heads(queries, groups, query, size, value)
 
     def spaces(self, look: Look) -> tuple[dict[str, Space], dict[str, str]]:

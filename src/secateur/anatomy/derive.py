@@ -7,13 +7,15 @@ families share. A guess is proved or refuted by `secateur inspect MODEL --check`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from secateur.anatomy.attention import Attention, Latent
 from secateur.anatomy.family import Family
 from secateur.anatomy.ffn import Experts, Ffn
 from secateur.anatomy.types import Skeleton, TensorInfo
 
+T = TypeVar("T")
 OUTPUTS = ("o_proj", "out_proj", "dense", "Wo", "wo", "c_proj")
 FUSED = {"qkv_proj": "parts", "Wqkv": "parts", "c_attn": "parts", "query_key_value": "groups"}
 GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("proj_up_gate", "proj_up", "proj_down"))
@@ -42,7 +44,7 @@ MIXERS = (
 
 def derive(skeleton: Skeleton) -> Family | None:
     """A family's description guessed from a skeleton and its plans; None where nothing is recognised."""
-    blocks = [_Names.of(tensors) for tensors in skeleton.blocks]
+    blocks = [_Names(tensors) for tensors in skeleton.blocks]
     columns, rows = _planned(skeleton)
     sized = "head_dim" in skeleton.config
     attention = _unique(a for b in blocks for a in b.attention(columns, rows, sized))
@@ -61,19 +63,23 @@ def derive(skeleton: Skeleton) -> Family | None:
 
 def _planned(skeleton: Skeleton) -> tuple[set[str], set[str]]:
     """Modules that the tensor-parallel plan splits by columns (they make units) and by rows (they read them)."""
-    columns, rows = set(), set()
+    columns: set[str] = set()
+    rows: set[str] = set()
     leaf = skeleton.path.rpartition(".")[2]
     for pattern, style in skeleton.tp_plan.items():
         stem, found, name = pattern.partition(".*.")
         if found and stem.rpartition(".")[2] == leaf and "*" not in name:
-            (columns if style.startswith("colwise") else rows if style.startswith("rowwise") else set()).add(name)
+            if style.startswith("colwise"):
+                columns.add(name)
+            elif style.startswith("rowwise"):
+                rows.add(name)
     return columns, rows
 
 
 class _Names:
     """The matrices of one block, by the module they belong to."""
 
-    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self.tensors = tensors
         self.parents: dict[str, list[str]] = {}
         for name, info in tensors.items():
@@ -81,10 +87,6 @@ class _Names:
             if leaf == "weight" and len(info.shape) == 2 and info.kind in ("linear", "conv1d"):
                 parent, _, last = module.rpartition(".")
                 self.parents.setdefault(parent, []).append(last)
-
-    @classmethod
-    def of(cls, tensors: object) -> _Names:
-        return cls(dict(tensors))  # type: ignore[call-overload]
 
     def attention(self, columns: set[str], rows: set[str], sized: bool) -> Iterable[Attention | Latent]:
         for parent, names in self.parents.items():
@@ -157,5 +159,5 @@ def _is_attention(parent: str) -> bool:
     return ("attn" in last or "attention" in last or last in ("mixer", "temporal_block")) and not crossed
 
 
-def _unique(items: Iterable[object]) -> tuple:  # type: ignore[type-arg]
+def _unique(items: Iterable[object]) -> tuple:
     return tuple(dict.fromkeys(items))

@@ -100,8 +100,8 @@ class Experts:
         """``ffn`` (neurons of each expert) and ``expert`` of this block."""
         try:
             count, size, parts = self.stacks(look)
-        except Unfit as reason:
-            return {}, {"ffn": str(reason), "expert": str(reason)}
+        except Unfit as unfit:
+            return {}, {"ffn": str(unfit), "expert": str(unfit)}
         found = {"ffn": self._ffn(look, count, size, parts)}
         reason = self._refusal(look)
         if not reason:

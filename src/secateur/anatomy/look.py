@@ -64,7 +64,7 @@ class Look:
         return None
 
     def _owned(self, module: str, name: str) -> list[str]:
-        """Keys of the attributes called ``name`` of a module and of those inside it (the block itself: only its own)."""
+        """Keys of the attributes called ``name`` of a module and of those inside it (the block: only its own)."""
         if not module:
             return [name] if name in self.attributes else []
         return [k for k in self.attributes if k.startswith(module + ".") and k.rpartition(".")[2] == name]

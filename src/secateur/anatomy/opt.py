@@ -1,4 +1,4 @@
-"""OPT and other decoders of its time: LayerNorm, biases, learned positions; the two FFN matrices in the layer itself."""
+"""OPT and other decoders of its time: LayerNorm, biases, learned positions; both FFN matrices in the layer itself."""
 
 from dataclasses import replace
 

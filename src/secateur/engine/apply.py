@@ -136,10 +136,10 @@ def entries_kept(port: Port, space: Space, keep: Tensor, shape: torch.Size) -> T
     n = shape[port.axis]
     stacked = port.copy_axis is not None and space.copies > 1
     out = torch.ones((space.copies, n) if stacked else (n,), dtype=torch.bool)
-    for copy in range(space.copies):
-        dropped = (~keep[copy]).nonzero().reshape(-1)
-        row = out[copy] if stacked else out
-        row[port.entries(dropped, copy)] = False
+    for number in range(space.copies):
+        dropped = (~keep[number]).nonzero().reshape(-1)
+        row = out[number] if stacked else out
+        row[port.entries(dropped, number)] = False
     return out
 
 
@@ -202,19 +202,20 @@ def set_tensor(module: nn.Module, name: str, new: Tensor) -> None:
     resize(owner)
 
 
-def resize(module: nn.Module) -> None:
+def resize(module: Any) -> None:
     """Make a module's own sizes say what its weight is."""
     weight = getattr(module, "weight", None)
+    part: Any = module
     if not isinstance(weight, Tensor):
         return
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif type(module).__name__ == "Conv1D":
-        module.nx, module.nf = weight.shape
+        part.nx, part.nf = weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
     elif hasattr(module, "normalized_shape"):
-        module.normalized_shape = tuple(weight.shape)
+        part.normalized_shape = tuple(weight.shape)
 
 
 def mask(model: nn.Module, anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> list[Silence]:

@@ -232,7 +232,7 @@ def _reloaded(subject: _Subject, smaller: nn.Module, change: Any, keeps: Mapping
     config = copy.deepcopy(subject.model.config)
     if change.uniform:
         config = changed_config(config, change.fields)
-    fresh = build_model(config, attn_implementation="eager")
+    fresh = build_model(config, attention="eager")
     if hasattr(fresh, "set_experts_implementation"):
         fresh.set_experts_implementation("eager")
     if not change.uniform:

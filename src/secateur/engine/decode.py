@@ -9,7 +9,7 @@ have equal length.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +51,9 @@ def decode(model: nn.Module, ids: Tensor, steps: int, pick: Pick = greedy) -> It
     ids = ids.to(device)
     cache, feed = None, ids
     for _ in range(steps):
-        out = model(input_ids=feed, **accepted(model, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        out = model(
+            input_ids=feed, **accepted(model, {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1})
+        )
         new = pick(out.logits[:, -1]).to(device)
         yield new
         cache = getattr(out, "past_key_values", None)
@@ -59,7 +61,7 @@ def decode(model: nn.Module, ids: Tensor, steps: int, pick: Pick = greedy) -> It
         feed = ids if cache is None else new[:, None]
 
 
-def accepted(model: nn.Module, **words: Any) -> dict[str, Any]:
+def accepted(model: nn.Module, words: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the model's forward pass has by name (state-space models have no
     ``past_key_values``, encoders no ``logits_to_keep``)."""
     known = inspect.signature(model.forward).parameters

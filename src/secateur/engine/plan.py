@@ -22,6 +22,8 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 
+WORKS = "give the plan.safetensors that `secateur plan` or `secateur prune` wrote"
+
 
 @dataclass(frozen=True)
 class Bits:
@@ -147,31 +149,34 @@ class Plan(Mapping[str, Tensor]):
             SecateurError: no such file, not a plan, or bits that do not match their shape.
         """
         if not path.is_file():
-            raise SecateurError("there is no such plan file", received=str(path))
+            raise SecateurError("there is no such plan file", received=str(path), works=WORKS)
         plan = cls()
         try:
             with safe_open(path, framework="pt") as f:
                 meta = json.loads((f.metadata() or {}).get("secateur", "null"))
                 if not isinstance(meta, dict) or meta.get("plan") != 1 or not isinstance(meta.get("shapes"), dict):
                     raise SecateurError(
-                        "this safetensors file is not a plan", received=str(path), works="give a plan.safetensors"
+                        "this safetensors file is not a plan", received=str(path), works=WORKS
                     )
                 if set(f.keys()) != set(meta["shapes"]):
-                    raise SecateurError("the plan's header does not list the sites it holds", received=str(path))
+                    raise SecateurError(
+                        "the plan's header does not list the sites it holds", received=str(path), works=WORKS
+                    )
                 for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    shape = tuple(int(n) for n in meta["shapes"][key])
+                    shape = _shape(key, meta["shapes"][key])
                     bits = Bits(f.get_tensor(key), shape)
                     spare = -bits.size % 8
                     if (
                         bits.packed.dtype != torch.uint8
-                        or min(shape, default=1) < 0
                         or bits.packed.numel() != (bits.size + 7) // 8
                         or (spare and int(bits.packed[-1]) >> (8 - spare))
                     ):
-                        raise SecateurError(f"the plan's bits at {key!r} do not fit its shape", received=list(shape))
+                        raise SecateurError(
+                            f"the plan's bits at {key!r} do not fit its shape", received=list(shape), works=WORKS
+                        )
                     plan[key] = bits
         except (SafetensorError, ValueError, TypeError, OSError) as e:
-            raise SecateurError(f"the plan file cannot be read: {e}", received=str(path)) from e
+            raise SecateurError(f"the plan file cannot be read: {e}", received=str(path), works=WORKS) from e
         return plan
 
     @classmethod
@@ -181,6 +186,13 @@ class Plan(Mapping[str, Tensor]):
         for plan in plans:
             out._bits.update(plan._bits)
         return out
+
+
+def _shape(key: str, said: object) -> tuple[int, ...]:
+    """A shape as a plan's header gives it."""
+    if not isinstance(said, list) or not all(type(n) is int and 0 <= n < 1 << 40 for n in said):
+        raise SecateurError(f"the plan's header gives {key!r} an impossible shape", received=said, works=WORKS)
+    return tuple(said)
 
 
 def keeps_of(plan: Plan) -> dict[str, dict[str, Tensor]]:

@@ -6,8 +6,8 @@ be split over processes and all-reduced, and two processes see what one would up
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -35,9 +35,7 @@ class Probe(ABC):
     def __init__(self) -> None:
         self.sums = {}
 
-    @abstractmethod
-    def update(self, *args: Tensor | None) -> None:
-        """Add one batch."""
+    update: Callable[..., None]  # add one batch; what it is given depends on ``kind``
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a batch's sum, in fp64."""
@@ -64,7 +62,7 @@ class Evidence(Mapping[type[Probe], Probe]):
     def __init__(self, site: str, probes: Mapping[type[Probe], Probe] | None = None) -> None:
         self.site, self._probes = site, dict(probes or {})
 
-    def __getitem__(self, probe: type[P]) -> P:  # type: ignore[override]
+    def __getitem__(self, probe: type[P]) -> P:
         if probe not in self._probes:
             raise SecateurError(
                 f"no {probe.__name__} evidence was gathered at {self.site}",
@@ -205,7 +203,7 @@ class PositionSquares(Probe):
 
     kind = "positions"
 
-    def update(self, x: Tensor) -> None:  # type: ignore[override]
+    def update(self, x: Tensor) -> None:
         x = x.float()
         self.add("square", (x * x).sum(0))
 

@@ -60,7 +60,7 @@ def silence(module: nn.Module, space: Space, keep: Tensor) -> Silence:
         keep: bool [experts].
     """
     assert space.silence is not None
-    router = module.get_submodule(space.silence)
+    router: Any = module.get_submodule(space.silence)
     dropped = ~keep.reshape(-1).cpu()
     undo: list[Callable[[], None]] = []
     modes: list[_Logits] = []

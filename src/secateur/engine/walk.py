@@ -7,6 +7,8 @@
 Per block: weights in; calibration batches through it with probes attached; yield; and on resumption the pruned
 block runs again to make the next inputs and is let go. The first pass stops inside the block as soon as the
 last statistic asked for is there: what nobody reads is not computed.
+
+Long because the walk and the listening inside a block share their state of one batch; `_Ear` is the part to move out.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ class Activations:
         kept = self.kept[i]
         if torch.is_tensor(kept):
             return kept
-        shape, dtype = kept  # type: ignore[misc]
+        shape, dtype = kept
         return torch.frombuffer(bytearray(self._file(i).read_bytes()), dtype=dtype).reshape(shape)
 
     def __len__(self) -> int:

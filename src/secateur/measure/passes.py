@@ -98,7 +98,7 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tens
     """Logits [batch, length, vocabulary] of one forward pass without cache, on the model's device."""
     device = next(model.parameters()).device
     extra = {} if mask is None else {"attention_mask": mask.to(device)}
-    return model(input_ids=ids.to(device), **accepted(model, use_cache=False), **extra).logits
+    return model(input_ids=ids.to(device), **accepted(model, {"use_cache": False}), **extra).logits
 
 
 @torch.inference_mode()

@@ -128,7 +128,7 @@ def observe(model: nn.Module) -> Observed:
     try:
         with _idle_experts(model), watch:
             out: Any = model(
-                input_ids=torch.zeros(1, PROBE, dtype=torch.long, device=device), **accepted(model, use_cache=True)
+                input_ids=torch.zeros(1, PROBE, dtype=torch.long, device=device), **accepted(model, {"use_cache": True})
             )
     except REFUSALS:
         return _configured(model)

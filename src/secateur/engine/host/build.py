@@ -32,13 +32,13 @@ def skeleton_model(config: PreTrainedConfig) -> nn.Module:
         return build_model(config)
 
 
-def build_model(config: PreTrainedConfig, **options: str) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, attention: str | None = None) -> PreTrainedModel:
     """The same with memory of its own, on the current default device, with Transformers' initial values."""
     for auto in _autos(config):
         if type(config) not in auto._model_mapping:
             continue
         try:
-            return auto.from_config(config, **options)
+            return auto.from_config(config, **({"attn_implementation": attention} if attention else {}))
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SecateurError(
@@ -107,7 +107,7 @@ def describe_skeleton(model: nn.Module) -> Skeleton:
     config: Any = model.config
     text = text_config(config)
     path = _blocks_path(model, text)
-    blocks = model.get_submodule(path)
+    blocks: Any = model.get_submodule(path)
     prefix = path.rpartition(".")[0]
     owners: dict[int, int] = {}
     shared = set()
@@ -165,7 +165,7 @@ def _tensors(block: nn.Module) -> dict[str, TensorInfo]:
         named += [(n, b) for n, b in module.named_buffers(recurse=False) if b is not None and b.dim()]
         parameters = set(module._parameters)
         for leaf, tensor in named:
-            kind = _kind(module) if leaf in parameters else "buffer"
+            kind: Any = _kind(module) if leaf in parameters else "buffer"
             out[f"{prefix}.{leaf}" if prefix else leaf] = TensorInfo(tuple(tensor.shape), kind, type(module).__name__)
     return out
 

@@ -64,7 +64,7 @@ def listening(module: nn.Module, heard: Heard, routed: Callable[[Tensor], None] 
             out.index_add_(0, token, (y * gate.unsqueeze(-1)).to(out.dtype))
         return out.reshape(shape)
 
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = MethodType(forward, module)
     try:
         yield
     finally:

@@ -233,7 +233,7 @@ def toy_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
             received=f"{size:,} parameters",
             works=f"at most {LARGEST:,}",
         )
-    model = build_model(config, attn_implementation="eager")
+    model = build_model(config, attention="eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
