@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import ZOO
 
@@ -148,7 +148,7 @@ def test_layers_after_whose_norms_zero_is_not_nothing_are_refused() -> None:
 
 
 def test_heads_under_alibi_are_refused() -> None:
-    model, anatomy = _toy("bloom")
+    _, anatomy = _toy("bloom")
     width = 3 * 24
     ports = (
         Port("self_attention.query_key_value.weight", 0, "write", width),
@@ -202,7 +202,8 @@ def test_cut_takes_the_slices_a_reshape_would() -> None:
 def test_masks_write_positive_zeros_and_nothing_else() -> None:
     model, anatomy = _toy("gpt2")
     before = copy.deepcopy(model)
-    mask(model, anatomy, {anatomy.blocks[0].name: {"ffn": _keep(53, 3, 7)}})
+    neurons = anatomy.blocks[0].spaces["ffn"].size
+    mask(model, anatomy, {anatomy.blocks[0].name: {"ffn": _keep(neurons, 3, 7)}})
     block, old = model.transformer.h[0].mlp, before.transformer.h[0].mlp
     for now, was, axis in (
         (block.c_fc.weight, old.c_fc.weight, 1),
@@ -211,7 +212,7 @@ def test_masks_write_positive_zeros_and_nothing_else() -> None:
     ):
         gone = now.index_select(axis, torch.tensor([3, 7]))
         assert not gone.any() and not gone.signbit().any()
-        kept = [i for i in range(53) if i not in (3, 7)]
+        kept = [i for i in range(neurons) if i not in (3, 7)]
         assert torch.equal(now.index_select(axis, torch.tensor(kept)), was.index_select(axis, torch.tensor(kept)))
     assert torch.equal(block.c_proj.bias, old.c_proj.bias)
 
@@ -271,7 +272,7 @@ def test_layers_are_renumbered_and_the_config_says_so() -> None:
 
 def _uniform(anatomy: Anatomy, name: str, count: int) -> dict[str, dict[str, Tensor]]:
     keeps = {}
-    for block in anatomy.blocks:
+    for block in (b for b in anatomy.blocks if name in b.spaces):
         space = block.spaces[name]
         rows = torch.zeros(space.copies, space.size, dtype=torch.bool)
         rows[:, -count:] = True
@@ -308,8 +309,8 @@ def test_uniform_cuts_load_plainly(family: str, space: str, count: int, fields: 
 )
 def test_cuts_without_a_word_are_said_to_have_none(family: str, space: str) -> None:
     model, anatomy = _toy(family)
-    first = next(b for b in anatomy.blocks if space in b.spaces)
-    change = updated_config(model.config, anatomy, _uniform(anatomy, space, first.spaces[space].size - 1))
+    count = min(b.spaces[space].size for b in anatomy.blocks if space in b.spaces) - 1
+    change = updated_config(model.config, anatomy, _uniform(anatomy, space, count))
     assert not change.uniform and change.reason and not change.fields
 
 
@@ -332,7 +333,8 @@ def test_ragged_cuts_come_back_from_disk(family: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def _same(one: nn.Module, other: nn.Module) -> None:
+def _same(one: Any, other: Any) -> None:
+    other.set_experts_implementation("eager")  # odd sizes: the grouped kernel wants rows of 16 bytes
     text = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     a, b = one.eval()(text).logits, other.eval()(text).logits
     assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
@@ -344,7 +346,7 @@ def _same(one: nn.Module, other: nn.Module) -> None:
 def test_elements_are_not_cut() -> None:
     model, anatomy = _toy("llama")
     name = "mlp.up_proj.weight"
-    with pytest.raises(SecateurError, match="elements cannot be cut.*mask"):
+    with pytest.raises(SecateurError, match=r"elements cannot be cut.*mask"):
         cut(model, anatomy, {anatomy.blocks[0].name: {"weight": {name: torch.ones(53, 96, dtype=torch.bool)}}})
 
 
@@ -352,7 +354,7 @@ def test_elements_are_not_cut() -> None:
     ("space", "keep", "said"),
     [
         ("expert", _keep(7, 0, 1, 2, 3, 4, 5), "at least 2 of 7.*received: 1"),
-        ("ffn", torch.tensor([[True] * 40 + [False] * 13] * 6 + [[True] * 53]), "same number.*received: 40 to 53"),
+        ("ffn", torch.tensor([[True] * 40 + [False] * 13] * 6 + [[True] * 53]), "the same number.*40 to 53"),
         ("ffn", torch.ones(53, dtype=torch.bool), r"shape \[7, 53\].*received"),
         ("kv_group", torch.zeros(3, dtype=torch.bool), "at least 1 of 3"),
         ("nothing", torch.ones(3, dtype=torch.bool), "no space 'nothing'.*it has"),

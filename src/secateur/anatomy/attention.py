@@ -101,10 +101,10 @@ class Attention:
         else:
             queries, value, query = ins // size, size, size
             groups = (look.outs(self.at(self.q)) - ins) // (2 * size)
-            sizes = [queries * size, (queries + 2 * groups) * size]
-            found = [ins, look.outs(self.at(self.q))]
+            sizes = (queries * size, (queries + 2 * groups) * size)
+            found = (ins, look.outs(self.at(self.q)))
         if sizes != found or min(groups, queries) < 1 or queries % groups:
-            raise Unfit(f"its shapes {found} are not whole numbers of heads of {size}")
+            raise Unfit(f"its shapes {list(found)} are not whole numbers of heads of {size}")
         return Heads(queries, groups, query, size, value)
 
     def spaces(self, look: Look) -> tuple[dict[str, Space], dict[str, str]]:

@@ -159,5 +159,5 @@ def _is_attention(parent: str) -> bool:
     return ("attn" in last or "attention" in last or last in ("mixer", "temporal_block")) and not crossed
 
 
-def _unique(items: Iterable[object]) -> tuple:
+def _unique(items: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(items))
