@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -105,10 +105,15 @@ def _prune(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any]
         dry_run=args.dry_run,
         measure=recipe.measure,
         plan_file=Path(recipe.plan) if recipe.plan else None,
-        plan_text="text" in words,
+        plan_text=_names_text(words.get("text", {})),
         only_plan=args.only_plan,
     )
     return plain(run.prune(recipe, _out(args, recipe.out), how, progress=progress)), None
+
+
+def _names_text(text: object) -> bool:
+    """Whether a text is named (a seed or a number of windows alone says nothing about which)."""
+    return isinstance(text, str) or (isinstance(text, Mapping) and "source" in text)
 
 
 def _measure(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
@@ -157,7 +162,7 @@ def _recipe_words(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _out(args: argparse.Namespace, out: str | None) -> Path:
-    if out is not None:
+    if out:
         return Path(out)
     if args.recipe:
         return Path("out") / Path(args.recipe).stem

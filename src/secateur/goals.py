@@ -32,12 +32,12 @@ def settled(stage: Stage, step: Step) -> Step:
             received=f"target {step.target}",
             works="cut units (ffn, kv_group, layer, ...), or give a target in params (non-zeros)",
         )
-    model = stage.model
-    total = sum(p.numel() for p in model.parameters())
-    store = stage.store
-    size = sum(store.bytes_of_block(i) for i in [*range(store.blocks), None])
-    per_parameter = size / total if goal.of == "bytes" else 1.0
-    now = size if goal.of == "bytes" else total
+    model, store = stage.model, stage.store
+    per_parameter = 1.0
+    if goal.of == "bytes":
+        size = sum(store.bytes_of_block(i) for i in [*range(store.blocks), None])
+        per_parameter = size / sum(p.numel() for p in store.skeleton().parameters())
+    now = round(sum(p.numel() for p in model.parameters()) * per_parameter)
     limit = goal.limit(now)
     if limit >= now and (goal.change is None or goal.change != 0):
         raise SecateurError(f"the model has only {now:,} {goal.of}", received=f"target {step.target}", works="ask less")

@@ -7,16 +7,19 @@ the largest of the run's phases counted; time comes from a short matrix product 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import Tensor
 
-from secateur.anatomy.types import Block
-from secateur.engine.apply import cut_block, cut_layers
+from secateur.engine.apply import cut_block, cut_layers, get_tensor
+from secateur.engine.plan import Plan
 from secateur.engine.probes import Gradient, Probe
+from secateur.goals import settled
 from secateur.measure.size import size
+from secateur.parts import parts_of
 from secateur.stage import Stage
 
 if TYPE_CHECKING:
@@ -52,12 +55,11 @@ class Forecast:
 
 def predict(run: _Run, first: Stage) -> Forecast:
     """Predict a run from its first stage (later steps are cut on the same skeleton)."""
-    store, notes = run.store, []
+    store = run.store
+    notes: list[str] = []
     whole = sum(store.bytes_of_block(i) for i in [*range(store.blocks), None])
     before = size(first.model)
-    after_model, zeros, surveyed = _shrunk(run, first)
-    if surveyed:
-        notes.append("the budget surveys the model first; counts were predicted as if it were uniform")
+    after_model, zeros = _shrunk(run, notes)
     after = size(after_model)
     width = whole / max(before.parameters, 1)
     ram = _memory(run, first, whole)
@@ -76,45 +78,64 @@ def predict(run: _Run, first: Stage) -> Forecast:
     )
 
 
-def _shrunk(run: _Run, first: Stage) -> tuple[Any, int, bool]:
-    """The skeleton after all cuts, zeros that masks add, and whether a surveying budget was taken as uniform."""
-    from secateur.anatomy import anatomy_of
-    from secateur.engine.host.build import describe_skeleton
-    from secateur.methods.base import Amount
-    from secateur.methods.budgets.uniform import Uniform
-
-    zeros, surveyed, model = 0.0, False, first.model
+def _shrunk(run: _Run, notes: list[str]) -> tuple[Any, int]:
+    """The skeleton after all cuts, and the zeros that masks add. What only a survey or a search could tell is taken
+    as uniform or left out, with a note."""
+    zeros, model = 0.0, run.store.skeleton()
     for number, step in enumerate(run.steps):
-        stage = first if number == 0 else Stage(run.store, step, number, run.conditions())
-        stage.model, stage.anatomy = model, anatomy_of(describe_skeleton(model))
-        stage.blocks = list(model.get_submodule(stage.anatomy.path))
-        stage.infos = stage._infos()
-        amount = step.amount or Amount(share=None, count=None)
-        if step.amount is None:
+        if step.worse is not None and run.replay is None:
+            notes.append("how much stays is searched; sizes are those of the model as it is")
             continue
+        stage = Stage(run.store, replace(step, budget="uniform"), number, run.conditions(), model)
+        if run.replay is None and parts_of(step).budget.surveys:
+            notes.append("the budget surveys the model first; counts were predicted as if it were uniform")
+        if run.replay is not None:
+            zeros += _replayed(stage, run.replay.step(number))
+            continue
+        if step.goal is not None:
+            stage = Stage(run.store, settled(stage, stage.step), number, run.conditions(), model)
         if step.space == "layer":
             keep = torch.zeros(len(stage.blocks), dtype=torch.bool)
-            keep[: amount.of(len(stage.blocks))] = True
-            if step.apply == "cut":
-                cut_layers(model, stage.anatomy, keep)
-            else:
-                zeros += sum(stage.infos[0].cost for k in keep if not k)
+            keep[: stage.layer_count()] = True
+            zeros += _without_layers(stage, keep)
             continue
-        budget = stage.parts.budget
-        surveyed = surveyed or budget.surveys
-        counts = (Uniform() if budget.surveys else budget).allot(stage.infos, amount, {})
+        counts = stage.counts()
         for info in stage.infos:
             if step.apply == "cut":
-                _cut(model, stage.anatomy.blocks[info.block], step.space, counts[info.name])
+                space = stage.anatomy.blocks[info.block].spaces[step.space]
+                first = torch.zeros(space.shape, dtype=torch.bool)
+                first[..., : counts[info.name] // space.copies] = True
+                cut_block(stage.blocks[info.block], stage.anatomy.blocks[info.block], {step.space: first})
             else:
                 zeros += (info.units - counts[info.name]) * info.cost
-    return model, round(zeros), surveyed
+    return model, round(zeros)
 
 
-def _cut(model: Any, block: Block, space: str, count: int) -> None:
-    keep = torch.zeros(block.spaces[space].shape, dtype=torch.bool)
-    keep[..., : count // block.spaces[space].copies] = True
-    cut_block(model.get_submodule(block.name), block, {space: keep})
+def _replayed(stage: Stage, plan: Plan) -> float:
+    """Cut the stage's model as a plan says; returns the zeros that it adds as a mask instead."""
+    zeros, costs = 0.0, {info.name: info.cost for info in stage.infos}
+    blocks = {block.name: block for block in stage.anatomy.blocks}
+    stage.check_replay(plan)
+    for key in plan:
+        _, space, site = key.split("/", 2)
+        if space == "layer":
+            zeros += _without_layers(stage, plan[key])
+        elif space == "weight":
+            zeros += plan.total(key) - plan.kept(key)
+        elif stage.step.apply == "cut":
+            cut_block(stage.blocks[blocks[site].index], blocks[site], {space: plan[key]})
+        else:
+            zeros += (plan.total(key) - plan.kept(key)) * costs[site]
+    return zeros
+
+
+def _without_layers(stage: Stage, keep: Tensor) -> float:
+    """Cut layers out of the stage's model; returns the zeros that a mask of them makes instead."""
+    if stage.step.apply == "cut":
+        cut_layers(stage.model, stage.anatomy, keep)
+        return 0.0
+    gone = (b for b, k in zip(stage.anatomy.blocks, keep.tolist(), strict=True) if not k)
+    return float(sum(get_tensor(stage.blocks[b.index], name).numel() for b in gone for name in b.outputs))
 
 
 def _memory(run: _Run, first: Stage, whole: int) -> dict[str, int]:
@@ -181,8 +202,6 @@ def _seconds(run: _Run, first: Stage, macs: int) -> float:
     pass_seconds = tokens * max(macs - head, macs // 2) * per_mac * OVERHEAD
     total = 0.0
     for step in run.steps:
-        from secateur.parts import parts_of
-
         parts = parts_of(step)
         passes = (2.0 if parts.needs and step.space != "layer" else 0.0) + (1.0 if parts.survey_needs else 0.0)
         passes += 3.0 if Gradient in (*parts.needs, *parts.survey_needs) else 0.0

@@ -1,4 +1,7 @@
-"""One step carried out: survey if the budget asks, walk the blocks, decide, apply, hand over what was finished."""
+"""One step carried out: survey if the budget asks, walk the blocks, decide, apply, hand over what was finished.
+
+Long because weights, units and layers are decided side by side here, so that the three can be compared.
+"""
 
 from __future__ import annotations
 
@@ -103,15 +106,18 @@ class Outcome:
 
 
 class Stage:
-    """One step on one model. ``model`` is a skeleton that `store` fills block by block."""
+    """One step on one model. ``model`` is a skeleton that `store` fills block by block (unless another is given,
+    to predict on: one that earlier steps have cut)."""
 
-    def __init__(self, store: Store, step: Step, number: int, conditions: Conditions) -> None:
+    def __init__(
+        self, store: Store, step: Step, number: int, conditions: Conditions, model: nn.Module | None = None
+    ) -> None:
         self.store, self.step, self.number, self.at = store, step, number, conditions
         self.parts: Parts = parts_of(step)
-        self.model: Any = store.skeleton()
+        self.model: Any = store.skeleton() if model is None else model
         self.anatomy = anatomy_of(describe_skeleton(self.model))
         check_space(self.anatomy, step.space)
-        self.blocks: list[Any] = list(self.model.get_submodule(self.anatomy.path))
+        self.blocks: list[nn.Module] = list(self.model.get_submodule(self.anatomy.path).children())
         self.infos = self._infos()
         if not self.infos:
             raise SecateurError(
@@ -133,7 +139,7 @@ class Stage:
         self.store.load_rest(self.model, "cpu")
         if replay is not None:
             counts: dict[str, int] = {}
-            self._check_replay(replay)
+            self.check_replay(replay)
         elif self.step.space == "layer":
             replay, counts = self.choose_layers(), {}
         else:
@@ -197,21 +203,30 @@ class Stage:
 
     def choose_layers(self, amount: Amount | None = None) -> Plan:
         """Which layers stay, from one survey of the dense model."""
-        values, info = self._layer_scores.clone(), self.infos[0]
-        amount = amount if amount is not None else self.step.amount
-        assert amount is not None
-        first, last = self.step.ends
-        count = amount.of(info.units)
-        values[:first], values[info.units - last :] = torch.inf, torch.inf
-        if not max(1, first + last) <= count <= info.units:
-            raise SecateurError(
-                f"{count} of {info.units} layers cannot stay",
-                received=f"keep {self.step.keep}, protect {self.step.protect}",
-                works=f"a count from {max(1, first + last)} to {info.units}",
-            )
+        count, (first, last) = self.layer_count(amount), self.step.ends
+        values = self._layer_scores.clone()
+        values[:first], values[len(values) - last :] = torch.inf, torch.inf
         finite = values.clamp(max=torch.finfo(torch.float32).max)
         keep = Unit().select(finite, count)
         return Plan({f"{self.number}/layer/model": keep})
+
+    def layer_count(self, amount: Amount | None = None) -> int:
+        """How many layers stay (under the step's own amount unless one is given).
+
+        Raises:
+            SecateurError: none, more than there are, or fewer than are protected.
+        """
+        amount = amount if amount is not None else self.step.amount
+        assert amount is not None
+        units, least = self.infos[0].units, max(1, sum(self.step.ends))
+        count = amount.of(units)
+        if not least <= count <= units:
+            raise SecateurError(
+                f"{count} of {units} layers cannot stay",
+                received=f"keep {self.step.keep}" + (f", protect {self.step.protect}" if self.step.protect else ""),
+                works=f"a count from {least} to {units}",
+            )
+        return count
 
     @cached_property
     def _layer_scores(self) -> Tensor:
@@ -365,15 +380,24 @@ class Stage:
             return weight_infos(self.anatomy, self.parts.grain, step.include, step.exclude)
         return unit_infos(self.anatomy, step.space, self.blocks, step.include, step.exclude)
 
-    def _check_replay(self, replay: Plan) -> None:
-        expected = set(self.plan_shapes())
+    def check_replay(self, replay: Plan) -> None:
+        """Refuse a plan with sites that this step's model does not have or has in another size, or left too small."""
+        shapes = self.plan_shapes()
         for key in replay:
             shape = replay.bits(key).shape
-            if key not in expected or self.plan_shapes()[key] != shape:
+            if shapes.get(key) != shape:
                 raise SecateurError(
                     "the plan does not fit this model",
                     received=f"{key} of shape {list(shape)}",
                     works="replay a plan on a checkpoint of the same architecture and sizes",
+                )
+        least = {"model": 1} if self.step.space == "layer" else {i.name: i.minimum for i in self.infos}
+        for key in replay if self.step.space != "weight" else ():
+            if replay.kept(key) < (needed := least.get(key.split("/", 2)[2], 0)):
+                raise SecateurError(
+                    f"the plan leaves too little at {key}",
+                    received=f"{replay.kept(key)} of {replay.total(key)} kept",
+                    works=f"at least {needed} must stay",
                 )
 
     def plan_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import secateur
 from secateur.engine.plan import Plan
-from whole_toys import cli, make, read_all, said, weights_of, write_model, write_text
+from whole_toys import cli, read_all, said, weights_of, write_model, write_text
 
 SMALL = ["--samples", 4, "--length", 10, "--batch-size", 2, "--no-measure", "--json"]
 MATRICES = 7  # of a Llama layer
@@ -118,12 +118,15 @@ def test_units_replayed_are_cut(ground: Path, tmp_path: Path, prune: Prune) -> N
     assert json.loads((tmp_path / "again/config.json").read_text())["intermediate_size"] == 30
 
 
-def test_experts_layers_and_both_steps_replay(ground: Path, tmp_path: Path, prune: Prune) -> None:
+def test_experts_layers_and_both_steps_replay(
+    ground: Path, tmp_path: Path, prune: Prune, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "two.yaml"
     steps = [dict(space="layer", score="block_influence", keep=2), dict(space="expert", score="router_mass", keep=3)]
     recipe.write_text(json.dumps({"model": str(ground / "moe"), "steps": steps}))
     out = ["--text", ground / "text.txt", *SMALL]
     assert cli("prune", "--recipe", recipe, "-o", tmp_path / "first", *out) == 0
+    said(capsys)
     prune("moe", tmp_path / "again", "--plan", tmp_path / "first/plan.safetensors", text=False)
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "first")
     config = json.loads((tmp_path / "again/config.json").read_text())
@@ -191,14 +194,13 @@ def parameters(place: Path) -> int:
 ROOM = {"ffn": 96, "kv_group": 1536, "layer": 6976}  # parameters of one unit, all layers alike
 
 
-@pytest.mark.parametrize("budget", ["uniform", "pooled"])
 @pytest.mark.parametrize("target", ["-10%", "20k"])
-@pytest.mark.parametrize("space", ["ffn", "kv_group", "layer"])
+@pytest.mark.parametrize(
+    ("space", "budget"), [(s, b) for s in ("ffn", "kv_group") for b in ("uniform", "pooled")] + [("layer", "uniform")]
+)
 def test_a_parameter_target_is_met_and_not_by_more_than_needed(
     ground: Path, tmp_path: Path, prune: Prune, space: str, target: str, budget: str
 ) -> None:
-    if space == "layer" and budget == "pooled":
-        pytest.skip("layers have one budget")
     now = parameters(ground / "model")
     words = ["--space", space, "--score", "magnitude", "--target", f"params={target}", "--budget", budget]
     limit = {"-10%": now * 0.9, "20k": 20_000}[target]
@@ -320,6 +322,29 @@ def test_a_dry_run_writes_nothing_and_tells_what_happens(
     assert told["peak_ram"] > 0 and told["seconds"] > 0
 
 
+def test_a_dry_run_of_a_replay(ground: Path, tmp_path: Path, prune: Prune) -> None:
+    """A plan's own counts, whatever words stand beside it."""
+    for name, words in (("w", WANDA), ("f", FFN), ("l", DRY["layer"])):
+        prune("model", tmp_path / name, *words)
+        plan = ["--plan", tmp_path / name / "plan.safetensors"]
+        told = prune("sibling", tmp_path / "none", *plan, "--dry-run", text=False)["dry_run"]
+        got = weights(tmp_path / name)
+        assert told["parameters"][1] == sum(v.numel() for v in got.values())
+        assert told["nonzero"][1] == sum(int(v.count_nonzero()) for v in got.values())
+
+
+def test_what_a_later_step_cannot_do_is_said_before_the_first(
+    ground: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """29 neurons are left after the first step, and 2:4 needs a multiple of four."""
+    recipe = tmp_path / "two.yaml"
+    steps = [dict(space="ffn", score="wanda", keep=29), dict(space="weight", score="wanda", grain="2:4")]
+    recipe.write_text(json.dumps({"model": str(ground / "model"), "steps": steps}))
+    error = refused(capsys, "prune", "--recipe", recipe, "-o", tmp_path / "out", "--text", ground / "text.txt", *SMALL)
+    assert "down_proj" in error and "29" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["two.yaml"]
+
+
 def test_a_dry_run_of_two_steps(ground: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "two.yaml"
     steps = [dict(space="ffn", score="wanda", keep=0.75), dict(space="weight", method="sparsegpt", sparsity=0.5)]
@@ -340,4 +365,3 @@ def test_the_input_and_its_copy_give_the_same_bytes(ground: Path, tmp_path: Path
     prune("copy", tmp_path / "b", *WANDA)
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
     assert str(tmp_path).encode() not in b"".join(weights_of(tmp_path / "a").values())
-    assert make("llama") is not None
