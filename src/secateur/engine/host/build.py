@@ -10,9 +10,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from secateur.anatomy.types import Skeleton, TensorInfo
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, unknown
 
 CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 SWITCHES = ("is_transposed", "is_concatenated")  # how a stack of experts is stored
@@ -60,6 +62,27 @@ def _autos(config: PreTrainedConfig) -> tuple[Any, ...]:
     if named and "For" not in named and "LMHead" not in named:
         return (AutoModel,)
     return ORDER
+
+
+def causal_families() -> tuple[str, ...]:
+    """The ``model_type`` of every causal language model of the installed Transformers."""
+    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+def default_config(family: str) -> PreTrainedConfig:
+    """A family's config with the values it has when nothing is said.
+
+    Raises:
+        SecateurError: if there is no such family, or its own defaults are not valid.
+    """
+    if family not in CONFIG_MAPPING:
+        raise unknown("family", family, causal_families())
+    try:
+        return CONFIG_MAPPING[family]()
+    except CONFIG_ERRORS as error:
+        reason = error.__cause__ or error
+        first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+        raise SecateurError(f"the default config of {family} is not valid: {first}", received=family) from error
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
