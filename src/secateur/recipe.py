@@ -16,7 +16,7 @@ from typing import Any, Literal
 from secateur.engine.text import TextSource as TextSpec
 from secateur.errors import SecateurError, unknown
 from secateur.step import SPACES, Step, read_rules
-from secateur.yamlfile import read_yaml, read_yaml_list, write_yaml
+from secateur.yamlfile import LARGEST, read_yaml, read_yaml_list, write_yaml
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -156,11 +156,17 @@ def read_map(path: Path) -> list[Any]:
 def read_text(path: Path, kind: str) -> str:
     """A small UTF-8 file, or why not in one sentence."""
     try:
-        return path.read_bytes()[: 1 << 20].decode("utf-8")
+        with open(path, "rb") as file:
+            raw = file.read(4 * LARGEST + 1)  # what is longer is too large, whatever its characters
+        return raw.decode("utf-8", errors="strict" if len(raw) <= 4 * LARGEST else "replace")
     except OSError as error:
-        raise SecateurError(f"the {kind} cannot be read: {error.strerror}", received=str(path)) from None
-    except UnicodeDecodeError:
-        raise SecateurError(f"the {kind} is not UTF-8 text", received=str(path)) from None
+        raise SecateurError(
+            f"the {kind} cannot be read: {error.strerror}", received=str(path), works=f"give the path of a {kind} file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise SecateurError(
+            f"the {kind} is not UTF-8 text (byte {error.start})", received=str(path), works="save it as UTF-8"
+        ) from None
 
 
 def override(words: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def override(words: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     rivals = ({"keep", "sparsity", "target", "at_most_worse"}, {"score", "method"})
     out: dict[str, Any] = {**words, **{k: v for k, v in changes.items() if k not in step_words and k != "text"}}
     if "text" in changes or "text" in words:
-        old, new = (_text_words(w.get("text", {})) for w in (words, changes))
+        old, new = (_known(_text_words(w.get("text")), "text word", TextSpec) for w in (words, changes))
         out["text"] = {**old, **new}
     if "seed" in changes:
         out["text"] = {**out.get("text", {}), "seed": changes["seed"]}
@@ -259,7 +265,8 @@ def check_type(word: str, value: object, kind: type, optional: bool = False) -> 
     """Refuse a value of the wrong type."""
     if not (isinstance(value, kind) or (optional and value is None)):
         name = {str: "text", bool: "true or false"}.get(kind, f"a {kind.__name__.lower()}")
-        raise SecateurError(f"{word} is not {name}", received=value)
+        works = {str: "a word or a quoted text works", bool: "true and false work"}.get(kind, f"{name} works")
+        raise SecateurError(f"{word} is not {name}", received=value, works=works)
 
 
 def check_count(word: str, value: object, least: int, optional: bool = False) -> None:
@@ -267,7 +274,9 @@ def check_count(word: str, value: object, least: int, optional: bool = False) ->
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
-        raise SecateurError(f"{word} is not an integer of at least {least}", received=value)
+        raise SecateurError(
+            f"{word} is not an integer of at least {least}", received=value, works=f"{max(least, 1) * 8} works"
+        )
 
 
 def check_device(device: object, dtype: object) -> None:
@@ -280,7 +289,9 @@ def check_device(device: object, dtype: object) -> None:
 
 def _known(words: object, kind: str, cls: type) -> dict[str, Any]:
     if not isinstance(words, Mapping):
-        raise SecateurError(f"a mapping of {kind}s was expected", received=words)
+        raise SecateurError(
+            f"a mapping of {kind}s was expected", received=words, works=f"{{{fields(cls)[0].name}: ...}} works"
+        )
     known = [f.name for f in fields(cls)]
     out = {str(word).replace("-", "_"): value for word, value in words.items()}
     for word in out:
@@ -296,8 +307,8 @@ def _step_words(step: object) -> dict[str, Any]:
     return words
 
 
-def _text_words(text: object) -> dict[str, Any]:
-    return {"source": text} if isinstance(text, str) else dict(text) if isinstance(text, Mapping) else {}
+def _text_words(text: object) -> object:
+    return {"source": text} if isinstance(text, str) else {} if text is None else text
 
 
 def _flat(value: object, at: str = "") -> dict[str, object]:

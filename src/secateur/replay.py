@@ -17,7 +17,11 @@ def steps_of(plan: Plan | None) -> tuple[Step, ...]:
     for key in plan or ():
         number, space, _ = key.split("/", 2)
         if not number.isdigit() or space not in SPACES:
-            raise SecateurError("the plan has a key that no step could have written", received=key)
+            raise SecateurError(
+                "the plan has a key that no step could have written",
+                received=key,
+                works=f"{', '.join(SPACES)} are spaces",
+            )
         spaces.setdefault(int(number), set()).add(space)
     if not spaces or sorted(spaces) != list(range(len(spaces))) or any(len(s) > 1 for s in spaces.values()):
         raise SecateurError(

@@ -100,15 +100,17 @@ def measure(request: MeasureRequest, progress: Progress | None = None) -> tuple[
     """
     _threads(request.threads)
     device = _device(request.device)
+    origins = [resolve(given, request.revision, request.trust_remote_code) for given in request.models]
     subjects = []
-    for given in request.models:
-        origin = resolve(given, request.revision, request.trust_remote_code)
+    for given, origin in zip(request.models, origins, strict=True):
         path = origin.path / origin.gguf_file if origin.gguf_file else origin.path
 
         def opener(o: Origin = origin) -> nn.Module:
             return _whole(o, device)
 
         subjects.append(Subject(given, opener, read_tokenizer(origin), path))
+        if origin.kind == "directory":  # every model's headers, before the first one's weights
+            _check_text(request, subjects[-1].tokenizer, Store.open(origin).config)
     options = MeasureOptions(
         text=request.text or "builtin",
         windows=request.windows,
@@ -120,6 +122,15 @@ def measure(request: MeasureRequest, progress: Progress | None = None) -> tuple[
         latency=LatencyOptions() if request.latency else None,
     )
     return measure_subjects(subjects, options, _shares(progress or Silent()))
+
+
+def _check_text(request: MeasureRequest, tokenizer: Any, config: Any) -> None:
+    """Refuse test text that is too short for one window; text that is long by any tokenizer is not read twice."""
+    docs = documents(request.text or "builtin", "test")
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(request.length, limit) if isinstance(limit, int) and limit > 0 else request.length
+    if tokenizer is not None and sum(map(len, docs)) < 64 * length:
+        test_windows(pack(tokenizer, docs), 1, length)
 
 
 def report(out: Path | str) -> Path:
@@ -143,7 +154,7 @@ class _Run:
         if self.how.resume and finished(self.out, self.recipe, self.how):
             return {"out": str(self.out), "note": "this result is finished already; nothing was done"}
         self.origin = resolve(self.recipe.model, self.recipe.revision, self.recipe.trust_remote_code)
-        source = self.origin.path if self.origin.kind == "directory" else None
+        source = self.origin.path / self.origin.gguf_file if self.origin.gguf_file else self.origin.path
         check_out(self.out, source, self.how.overwrite)
         self.replay = Plan.load(self.how.plan_file) if self.how.plan_file else None
         self.steps = self.recipe.steps or steps_of(self.replay)

@@ -15,6 +15,7 @@ from secateur.errors import SecateurError
 
 LARGEST = 256 * 1024
 DEEPEST = 12
+WORKS = "plain words, numbers, lists and mappings work, as in `model: smollm2`"
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,7 +29,8 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.YAMLError("anchors and aliases are not used in recipes")
         if getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError(f"the tag {event.tag} is not used in recipes")
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            raise yaml.YAMLError(f"the tag {tag} is not used in recipes")
         self.depth += 1
         if self.depth > DEEPEST:
             raise yaml.YAMLError("it is nested too deeply")
@@ -66,7 +68,7 @@ def read_yaml(text: str, name: str) -> dict[str, Any]:
     """
     data = _read(text, name)
     if not isinstance(data, dict):
-        raise SecateurError(f"{name} is not a mapping of words", received=data)
+        raise SecateurError(f"{name} is not a mapping of words", received=_said(data), works=WORKS)
     return data
 
 
@@ -74,22 +76,26 @@ def read_yaml_list(text: str, name: str) -> list[Any]:
     """A list of plain data from YAML text; otherwise as `read_yaml`."""
     data = _read(text, name)
     if not isinstance(data, list):
-        raise SecateurError(f"{name} is not a list", received=data)
+        raise SecateurError(f"{name} is not a list", received=_said(data), works="[{match: ffn, keep: 0.5}] works")
     return data
 
 
 def _read(text: str, name: str) -> Any:
     if len(text) > LARGEST:
-        raise SecateurError(f"{name} is larger than {LARGEST // 1024} KiB")
+        raise SecateurError(f"{name} is larger than {LARGEST // 1024} KiB", works="a recipe is a page at most")
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise SecateurError(f"{name} cannot be read: {_reason(error)}") from None
+        raise SecateurError(f"{name} cannot be read: {_reason(error)}", works=WORKS) from None
 
 
 def write_yaml(data: dict[str, Any]) -> str:
     """YAML text that `read_yaml` reads back as the same data."""
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _said(data: object) -> object:
+    return "nothing" if data is None else data
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.anatomy import anatomy_of
 from secateur.anatomy.types import Anatomy, Space
 from secateur.engine.apply import cut, get_tensor, mask, updated_config
-from secateur.engine.host.build import build_model, changed_config, describe_skeleton
+from secateur.engine.host.build import build_model, changed_config, describe_skeleton, skeleton_model
 from secateur.engine.host.toy import toy_config, toy_model
 from secateur.errors import SecateurError
 
@@ -76,6 +76,7 @@ def check(config: Any, spaces: tuple[str, ...] | None = None, anatomy: Anatomy |
     Raises:
         SecateurError: if no toy copy can be made, or the family has no anatomy.
     """
+    whole = anatomy_of(describe_skeleton(skeleton_model(config))) if anatomy is None else anatomy
     try:
         subject = _Subject.of(config, anatomy, own_head_dim=True)
     except SecateurError:
@@ -84,8 +85,9 @@ def check(config: Any, spaces: tuple[str, ...] | None = None, anatomy: Anatomy |
     proved: dict[str, bool] = {}
     plain: dict[str, bool] = {}
     reasons = dict(anatomy.refused)
-    for name in anatomy.spaces() if spaces is None else spaces:
+    for name in whole.spaces() if spaces is None else spaces:
         try:
+            _covered(whole, anatomy, name)
             plain[name] = _PROOFS.get(name, _prove_units)(subject, name)
             proved[name] = True
         except Refuted as refuted:
@@ -93,6 +95,28 @@ def check(config: Any, spaces: tuple[str, ...] | None = None, anatomy: Anatomy |
         except BROKEN as error:
             proved[name], reasons[name] = False, f"the cut model does not run ({_first(error)})"
     return CheckResult(proved, reasons, anatomy.origin, plain)
+
+
+def _covered(whole: Anatomy, toy: Anatomy, name: str) -> None:
+    """What is proved on the toy copy holds for the model only if the toy has a layer of every kind.
+
+    Raises:
+        Refuted: if the model has a tensor in this space that the toy has not.
+    """
+    if name == "layer" and toy.layer is None:
+        raise Refuted(f"the toy copy's layers cannot be removed: {toy.refused.get('layer', 'there are too few')}")
+    here, there = _tensors(whole, name), _tensors(toy, name)
+    if here - there:
+        raise Refuted(f"the toy copy has no layer of the kind that holds {min(here - there)[0]}")
+
+
+def _tensors(anatomy: Anatomy, name: str) -> set[tuple[str, int]]:
+    """Tensors (and axes) that a space lives in, anywhere in the model."""
+    if name == "weight":
+        return {(m.tensor, 0) for b in anatomy.blocks for m in b.matrices}
+    if name == "layer":
+        return {(t, 0) for b in anatomy.blocks for t in b.outputs}
+    return {(p.tensor, p.axis) for b in anatomy.blocks if name in b.spaces for p in b.spaces[name].ports}
 
 
 def _first(error: BaseException) -> str:

@@ -155,9 +155,7 @@ class Plan(Mapping[str, Tensor]):
             with safe_open(path, framework="pt") as f:
                 meta = json.loads((f.metadata() or {}).get("secateur", "null"))
                 if not isinstance(meta, dict) or meta.get("plan") != 1 or not isinstance(meta.get("shapes"), dict):
-                    raise SecateurError(
-                        "this safetensors file is not a plan", received=str(path), works=WORKS
-                    )
+                    raise SecateurError("this safetensors file is not a plan", received=str(path), works=WORKS)
                 if set(f.keys()) != set(meta["shapes"]):
                     raise SecateurError(
                         "the plan's header does not list the sites it holds", received=str(path), works=WORKS

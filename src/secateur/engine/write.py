@@ -133,7 +133,7 @@ def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
 
     Args:
         out: the output directory.
-        source: the input's directory, which is never written to.
+        source: the input's directory or file, which is never written to.
         overwrite: replace a directory that Secateur wrote.
     """
     if source is not None and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):

@@ -27,7 +27,7 @@ from secateur.measure.latency import LatencyOptions, latency, peak_rss
 from secateur.measure.options import DTYPES, MeasureOptions, Subject
 from secateur.measure.passes import is_causal, losses, positions, scored
 from secateur.measure.size import file_bytes, size
-from secateur.measure.tasks import tasks
+from secateur.measure.tasks import known, tasks
 from secateur.measure.types import Comparison, Measurement
 
 Progress = Callable[[str, float], None]
@@ -65,6 +65,8 @@ def measure(
     """
     items = read_items(options.choices) if options.choices is not None else []
     docs = documents(options.text, "test") if options.text is not None else []
+    if options.tasks:
+        known(options.tasks)
     tell = progress or (lambda phase, share: None)
     first, *others = subjects
     groups = [others] if _fit_together(subjects) or not others else [[s] for s in others]

@@ -31,9 +31,23 @@ def tasks(
     Raises:
         SecateurError: the harness is not installed, or knows no such task.
     """
+    manager = known(names)
+    import lm_eval  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    with _only_on_a_terminal():
+        host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = lm_eval.simple_evaluate(model=host, tasks=list(names), limit=limit, task_manager=manager)
+    return flatten(found["results"])
+
+
+def known(names: Sequence[str]) -> Any:
+    """The harness's task manager, after checking that it knows these tasks; no model is needed for that.
+
+    Raises:
+        SecateurError: the harness is not installed, or knows no such task.
+    """
     try:
-        import lm_eval  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,import-untyped,unused-ignore]
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
         raise SecateurError(
@@ -44,10 +58,7 @@ def tasks(
     manager = TaskManager()
     if missing := [n for n in names if n not in manager.all_tasks]:
         raise SecateurError("no such lm-eval task", received=", ".join(missing), works="`lm_eval ls tasks` lists them")
-    with _only_on_a_terminal():
-        host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found = lm_eval.simple_evaluate(model=host, tasks=list(names), limit=limit, task_manager=manager)
-    return flatten(found["results"])
+    return manager
 
 
 @contextmanager

@@ -102,4 +102,4 @@ def _scalar(hint: Any, value: object, at: str) -> Any:
 
 
 def _wrong(at: str, expected: str, value: object) -> SecateurError:
-    return SecateurError(f"{at} must be {expected}", received=value)
+    return SecateurError(f"{at} must be {expected}", received=value, works="put back the report.json that prune wrote")

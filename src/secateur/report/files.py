@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from secateur.errors import SecateurError
-from secateur.report.model import JSON_NAME, PAGE_NAME, Report
+from secateur.report.model import JSON_NAME, PAGE_NAME, WORKS, Report
 from secateur.report.page import page
 
 
@@ -55,7 +55,7 @@ def read(directory: Path) -> Report:
             works="the output directory of a finished `secateur prune`",
         ) from err
     except UnicodeDecodeError as err:
-        raise SecateurError(f"{path} is not UTF-8 text", received=err.reason) from err
+        raise SecateurError(f"{path} is not UTF-8 text", received=err.reason, works=WORKS) from err
     return Report.from_json(text)
 
 

@@ -14,6 +14,7 @@ from secateur.report.codec import build, plain
 
 SCHEMA = 1
 JSON_NAME, PAGE_NAME = "report.json", "report.html"
+WORKS = "the report.json that `secateur prune` wrote works"
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,9 @@ class Report:
         try:
             value = json.loads(text, parse_constant=_refuse)
         except (ValueError, RecursionError) as err:
-            raise SecateurError("the report is not valid JSON", received=str(err)) from err
+            raise SecateurError("the report is not valid JSON", received=str(err), works=WORKS) from err
         if not isinstance(value, dict):
-            raise SecateurError("a report must be a JSON object", received=type(value).__name__)
+            raise SecateurError("a report must be a JSON object", received=type(value).__name__, works=WORKS)
         schema = value.pop("schema", None)
         if schema != SCHEMA or isinstance(schema, bool):
             raise SecateurError(

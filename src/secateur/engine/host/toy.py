@@ -194,7 +194,7 @@ def _shorten(words: dict[str, Any]) -> dict[str, Any]:
     count = next((_positive(words, n) for n in LAYER_FIELDS if _positive(words, n)), 0)
     lists = {n: v for n, v in words.items() if isinstance(v, Sequence) and not isinstance(v, str) and len(v) == count}
     period = max(
-        [v for n, v in words.items() if isinstance(v, int) and any(p in n for p in PERIODS) and 1 < v < MOST_LAYERS],
+        [v for n, v in words.items() if isinstance(v, int) and any(p in n for p in PERIODS) and 1 < v <= MOST_LAYERS],
         default=0,
     )
     kinds: dict[str, int] = {}
