@@ -132,6 +132,9 @@ def _numbered(skeleton: Skeleton) -> str:
         values = {attributes.get(name) for attributes in skeleton.attributes}
         if count > 2 and len(values) == count and name.rpartition(".")[2] not in LAYER_NUMBERS:
             return f"each layer computes with its place in the stack ({name})"
+    kinds = {frozenset(n.partition(".")[0] for n, i in b.items() if i.kind != "norm") for b in skeleton.blocks}
+    if len(kinds) > 1 and not any(rule.keep_list for rule in _layer_config(skeleton).values()):
+        return "the kind of a layer follows from its number: no list in the config says it"
     return ""
 
 
