@@ -267,7 +267,8 @@ class _Run:
             notes=tuple(self.notes),
         )
         page.write(ready)
-        (ready / "README.md").write_text(card(page, base_model_of(self.recipe.model)), encoding="utf-8")
+        with writing(ready / "README.md"):
+            (ready / "README.md").write_text(card(page, base_model_of(self.recipe.model)), encoding="utf-8")
         out: dict[str, Any] = {"out": str(self.out), "report": str(self.out / "report.html")}
         if self.how.only_plan:
             out = {"out": str(self.out), "plan": str(self.out / PLAN)}

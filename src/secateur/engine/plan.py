@@ -8,6 +8,7 @@ gives the shapes.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,7 +140,12 @@ class Plan(Mapping[str, Tensor]):
             os.replace(temporary, path)
         except (OSError, SafetensorError) as e:
             temporary.unlink(missing_ok=True)
-            raise SecateurError(f"the plan could not be written: {e}", received=str(path)) from e
+            full = f"os error {errno.ENOSPC}" in str(e) or getattr(e, "errno", None) == errno.ENOSPC
+            raise SecateurError(
+                "the disk is full" if full else f"the plan could not be written: {e}",
+                received=str(path),
+                works="free some space, then run again with --resume" if full else "give a directory you may write to",
+            ) from e
 
     @classmethod
     def load(cls, path: Path) -> Plan:

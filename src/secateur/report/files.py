@@ -29,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as err:
         Path(name).unlink(missing_ok=True)
         raise SecateurError(
-            f"cannot write {path}", received=err.strerror, works="free disk space and a writable directory"
+            f"cannot write {path}", received=err.strerror, works="free some space, then run again with --resume"
         ) from err
 
 
