@@ -20,7 +20,7 @@ from secateur.engine.apply import cut, cut_layers, mask, updated_config
 from secateur.engine.check import check
 from secateur.engine.checkpoint import load, save
 from secateur.engine.host.build import changed_config, describe_skeleton, skeleton_model
-from secateur.engine.host.toy import toy_model
+from secateur.engine.host.toy import toy_config, toy_model
 from secateur.errors import SecateurError
 
 DENSE = {"weight", "kv_group", "head", "ffn", "layer"}
@@ -330,6 +330,31 @@ def test_ragged_cuts_come_back_from_disk(family: str, tmp_path: Path) -> None:
     cut(model, anatomy, keeps)
     save(model, tmp_path / "out")
     _same(model, load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("count", "plainly"), [(40, True), (30, False)])
+def test_experts_of_odd_width_run_one_by_one(count: int, plainly: bool, tmp_path: Path) -> None:
+    # Transformers' grouped kernel refuses rows that are no multiple of 16 bytes
+    config = changed_config(ZOO["mixtral"](), {"intermediate_size": 64})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    anatomy = anatomy_of(describe_skeleton(model))
+    keeps = _uniform(anatomy, "ffn", count)
+    change = updated_config(model.config, anatomy, keeps)
+    assert change.uniform == plainly and ("multiple of 8" in change.reason) != plainly
+    cut(model, anatomy, keeps)
+    save(model, tmp_path / "out")
+    text = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(text).logits, load(tmp_path / "out")(text).logits)
+    assert model.config._experts_implementation != "eager", "only the experts that need it are told"
+
+
+def test_a_check_on_a_toy_without_every_kind_of_layer_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.for_model("jamba")
+    assert check(config, ("kv_group",)).proved == {"kv_group": True}
+    short = toy_config(changed_config(config, {"num_hidden_layers": 4}))  # attention comes fifth
+    monkeypatch.setattr("secateur.engine.check.toy_config", lambda *_, **__: short)
+    assert check(config, ("kv_group",)).proved == {"kv_group": False}
 
 
 @torch.no_grad()

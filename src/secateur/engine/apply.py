@@ -93,9 +93,19 @@ def _cut_space(module: nn.Module, space: Space, keep: Tensor) -> None:
         count = kept_per_copy(space, keep)
         for dotted, number in space.sizes.items():
             _set_size(module, dotted, count * number)
+        if _unaligned(space, count):
+            for owner in {port.tensor.rpartition(".")[0] for port in space.ports}:
+                if hasattr(module.get_submodule(owner), "config"):
+                    _set_size(module, f"{owner}.config._experts_implementation", "eager")
 
 
-def _set_size(module: nn.Module, dotted: str, value: int) -> None:
+def _unaligned(space: Space, count: int) -> bool:
+    """Whether a cut leaves rows of experts that the grouped kernel refuses: they then run one by one, in memory."""
+    stacked = space.copies > 1 and any(p.copy_axis is not None for p in space.ports)
+    return stacked and space.size % ALIGNED == 0 and count % ALIGNED != 0
+
+
+def _set_size(module: nn.Module, dotted: str, value: int | str) -> None:
     """Set an attribute of a module inside the block, or a field of the config that this module reads: the
     module then gets a config of its own."""
     owner, _, attribute = dotted.rpartition(".")
@@ -352,6 +362,8 @@ def updated_config(config: Any, anatomy: Anatomy, keeps: Mapping[str, Keeps]) ->
             sizes.setdefault(block.name, {})[name] = counts[block.name]
         if len(set(counts.values())) > 1 and all(r == rules[0] for r in rules):
             reason, per_layer = f"layers keep different numbers of {name}", True
+        elif any(_unaligned(b.spaces[name], counts[b.name]) for b in stay if name in b.spaces):
+            reason = f"experts need a multiple of {ALIGNED} neurons to load plainly"
         elif not all(rules):
             reason = f"the config has no word for the size of {name}"
         for block_name, rule in zip(counts, rules, strict=True):
@@ -384,4 +396,5 @@ def _misfit(config: Any, fields: Mapping[str, Any], anatomy: Anatomy, keeps: Map
     return f"its config builds another model ({found})" if found else ""
 
 
+ALIGNED = 8  # entries of bf16 in the 16 bytes that Transformers' grouped kernel wants a multiple of
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
