@@ -151,8 +151,15 @@ def initialise_buffers(model: Any, device: torch.device) -> None:
         model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device=device)
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
-    with torch.random.fork_rng(devices=[]):
-        model.initialize_weights()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model.initialize_weights()
+    except UNBUILDABLE as error:
+        raise SecateurError(
+            f"Transformers cannot give this model's buffers their values: {error}",
+            received=type(model).__name__,
+            works="use the config.json that came with these weights",
+        ) from error
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
