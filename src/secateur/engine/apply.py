@@ -22,6 +22,7 @@ from secateur.engine.silence import Silence, correction, silence
 from secateur.errors import SecateurError
 
 Keeps = Mapping[str, Any]
+ALIGNED = 8  # entries of bf16 in the 16 bytes that Transformers' grouped kernel wants a multiple of
 
 
 def mask_block(module: nn.Module, block: Block, keeps: Keeps) -> list[Silence]:
@@ -99,10 +100,10 @@ def _cut_space(module: nn.Module, space: Space, keep: Tensor) -> None:
                     _set_size(module, f"{owner}.config._experts_implementation", "eager")
 
 
-def _unaligned(space: Space, count: int) -> bool:
+def _unaligned(space: Space, count: int, to: int = ALIGNED) -> bool:
     """Whether a cut leaves rows of experts that the grouped kernel refuses: they then run one by one, in memory."""
     stacked = space.copies > 1 and any(p.copy_axis is not None for p in space.ports)
-    return stacked and space.size % ALIGNED == 0 and count % ALIGNED != 0
+    return stacked and space.size % to == 0 and count % to != 0
 
 
 def _set_size(module: nn.Module, dotted: str, value: int | str) -> None:
@@ -230,10 +231,8 @@ def resize(module: Any) -> None:
 
 def mask(model: nn.Module, anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> list[Silence]:
     """`mask_block` over a whole model, in place."""
-    handles = []
-    for block, given in _by_block(anatomy, keeps):
-        handles += mask_block(model.get_submodule(block.name), block, given)
-    return handles
+    blocks = [(model.get_submodule(block.name), block, given) for block, given in _by_block(anatomy, keeps)]
+    return [handle for each in blocks for handle in mask_block(*each)]
 
 
 def cut(model: nn.Module, anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> None:
@@ -349,6 +348,7 @@ def updated_config(config: Any, anatomy: Anatomy, keeps: Mapping[str, Keeps]) ->
     sizes: dict[str, dict[str, int]] = {}
     fields: dict[str, Any] = {}
     reason, per_layer = "", False
+    to = 16 // getattr(getattr(config, "dtype", None), "itemsize", 2)
     layers = keeps.get("model", {}).get("layer")
     stay = [b for b in anatomy.blocks if layers is None or bool(layers[b.index])]
     for name in sorted({n for b in stay for n in keeps.get(b.name, {}) if n not in ("weight", "layer")}):
@@ -362,8 +362,8 @@ def updated_config(config: Any, anatomy: Anatomy, keeps: Mapping[str, Keeps]) ->
             sizes.setdefault(block.name, {})[name] = counts[block.name]
         if len(set(counts.values())) > 1 and all(r == rules[0] for r in rules):
             reason, per_layer = f"layers keep different numbers of {name}", True
-        elif any(_unaligned(b.spaces[name], counts[b.name]) for b in stay if name in b.spaces):
-            reason = f"experts need a multiple of {ALIGNED} neurons to load plainly"
+        elif any(_unaligned(b.spaces[name], counts[b.name], to) for b in stay if name in b.spaces):
+            reason = f"experts need a multiple of {to} neurons to load plainly"
         elif not all(rules):
             reason = f"the config has no word for the size of {name}"
         for block_name, rule in zip(counts, rules, strict=True):
@@ -396,5 +396,4 @@ def _misfit(config: Any, fields: Mapping[str, Any], anatomy: Anatomy, keeps: Map
     return f"its config builds another model ({found})" if found else ""
 
 
-ALIGNED = 8  # entries of bf16 in the 16 bytes that Transformers' grouped kernel wants a multiple of
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
