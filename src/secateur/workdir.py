@@ -14,10 +14,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
@@ -104,29 +104,44 @@ def opened(out: Path, recipe: Recipe, origin: Origin, resume: bool, overwrite: b
         SecateurError: another run is alive there; an interrupted run is there and ``resume`` is not given; the
             recipe or the model changed since.
     """
-    work = work_dir(out)
-    if not world.first:
-        world.wait()
+    work, lock, problem = work_dir(out), None, None
+    if world.first:
+        try:
+            lock = _claimed(out, recipe, origin, resume, overwrite)
+        except SecateurError as error:
+            problem = error
+    world.agree(problem)
+    with lock or nullcontext():
         yield work
-        return
+
+
+def _claimed(out: Path, recipe: Recipe, origin: Origin, resume: bool, overwrite: bool) -> IO[str]:
+    """The working directory made ready for this run; its open lock file is held as long as the run lives."""
+    work = work_dir(out)
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115 (held as long as the run lives)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SecateurError("another run is writing this output", received=str(out)) from None
-        state = {"recipe": recipe.to_words(), "model": fingerprint(origin)}
-        run = work / "run.json"
+        lock = open(work / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise SecateurError(
+            "another run is writing this output", received=str(out), works="wait for it, or give another output"
+        ) from None
+    state = {"recipe": recipe.to_words(), "model": fingerprint(origin)}
+    run = work / "run.json"
+    try:
         if run.is_file():
             _take_up(work, state, recipe, resume, overwrite)
         if not run.is_file():
-            for part in work.glob("step-*"):
-                shutil.rmtree(part)
+            with writing(work):
+                for part in work.glob("step-*"):
+                    shutil.rmtree(part)
             write_json(run, json.loads(json.dumps(state)))
-        world.wait()
-        yield work
+    except BaseException:
+        lock.close()
+        raise
+    return lock
 
 
 def _take_up(work: Path, state: dict[str, Any], recipe: Recipe, resume: bool, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from secateur.engine.probes import Probe
+from secateur.errors import SecateurError
 
 T = TypeVar("T")
 
@@ -47,6 +48,20 @@ class World:
         """Wait until every process is here (the first one has written its files)."""
         if self.size > 1:
             dist.barrier()
+
+    def agree(self, problem: SecateurError | None) -> None:
+        """Wait for the first process; if it met a problem, every process stops with it.
+
+        Raises:
+            SecateurError: the first process's problem (what the others pass is not looked at).
+        """
+        if self.size > 1:
+            told = [None if problem is None else str(problem)]
+            dist.broadcast_object_list(told, 0)
+            if told[0] is not None and not self.first:
+                raise SecateurError(told[0])
+        if problem is not None:
+            raise problem
 
 
 @contextmanager

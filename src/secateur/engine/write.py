@@ -160,7 +160,7 @@ def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = out.parent / f".{out.name}.secateur-probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of the same run may have been faster
 
 
 def publish(ready: Path, out: Path, overwrite: bool = False) -> None:
