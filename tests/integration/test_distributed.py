@@ -30,10 +30,10 @@ torch.set_num_threads(1)
 from secateur.cli import main
 rank, seen, real = os.environ["RANK"], [], os.replace
 os.replace = lambda a, b: (seen.append(str(b)), real(a, b))[1]
-for words in json.loads(Path(sys.argv[1]).read_text()):
+for words, want in json.loads(Path(sys.argv[1]).read_text()):
     code = main(words)
-    if code:
-        raise SystemExit(code)
+    if code != want:
+        raise SystemExit(f"{code} instead of {want}: {words}")
 Path(f"written-{rank}.json").write_text(json.dumps(seen))
 """
 
@@ -73,7 +73,13 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for words in runs["one"]:
         assert cli(*words) == 0
     (place / "driver.py").write_text(DRIVER)
-    (place / "runs.json").write_text(json.dumps(runs["two"]))
+    # somebody else's unfinished work lies where the last run would write: the first process finds it, both stop
+    leftover = place / "two/.refused.secateur-work"
+    (leftover / "step-0").mkdir(parents=True)
+    (leftover / "run.json").write_text("{}")
+    (leftover / "step-0/block-00000.safetensors").write_bytes(b"work")
+    refused = [w.replace("/wanda", "/refused") for w in runs["two"][0]]
+    (place / "runs.json").write_text(json.dumps([(w, 0) for w in runs["two"]] + [(refused, 2)]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     ended = subprocess.run(
@@ -87,6 +93,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert ended.returncode == 0, ended.stderr[:6000]
     (place / "said").write_text(ended.stdout)
+    (place / "heard").write_text(ended.stderr)
     return place
 
 
@@ -103,8 +110,14 @@ def test_two_processes_decide_as_one(both: Path, name: str) -> None:
 
 
 def test_one_output_written_by_the_first_process_once(both: Path) -> None:
-    assert sorted(p.name for p in (both / "two").iterdir()) == sorted(STEPS)
+    assert sorted(p.name for p in (both / "two").iterdir() if p.name[0] != ".") == sorted(STEPS)
     first, second = (json.loads((both / f"written-{rank}.json").read_text()) for rank in (0, 1))
     assert second == [] and len(first) > 10
     assert max(Counter(first).values()) == 1
     assert len((both / "said").read_text().strip().splitlines()) == len(STEPS), "one object per run, from one process"
+
+
+def test_what_stops_the_first_process_stops_both(both: Path) -> None:
+    """The driver has seen exit code 2 in each; here is why."""
+    assert (both / "heard").read_text().count("an interrupted run's work is beside this output") == 2
+    assert (both / "two/.refused.secateur-work/step-0/block-00000.safetensors").read_bytes() == b"work"
