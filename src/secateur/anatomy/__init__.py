@@ -37,5 +37,5 @@ def anatomy_of(skeleton: Skeleton) -> Anatomy:
         return build(guess, skeleton, "derived")
     raise SecateurError(
         f"the architecture {skeleton.family!r} is not declared and has no parallel plan to derive an anatomy from",
-        works="docs/architectures.md lists the families that are proved; another is declared in ten lines (anatomy/llama.py)",
+        works="docs/architectures.md lists proved families; another is declared in ten lines (anatomy/llama.py)",
     )
