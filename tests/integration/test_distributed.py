@@ -21,12 +21,14 @@ STEPS = {
     "sparsegpt": ["--space", "weight", "--method", "sparsegpt", "--sparsity", 0.5],
     "pooled-taylor": ["--space", "ffn", "--score", "taylor", "--keep", "0.75", "--budget", "pooled"],
 }
-# one interpreter start for all runs; every process notes what it writes
+# one interpreter start and one process group for all runs; every process notes what it writes
 DRIVER = """
 import json, os, sys
 from pathlib import Path
 import torch
+import torch.distributed
 torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
 from secateur.cli import main
 rank, seen, real = os.environ["RANK"], [], os.replace
 os.replace = lambda a, b: (seen.append(str(b)), real(a, b))[1]
@@ -35,6 +37,7 @@ for words, want in json.loads(Path(sys.argv[1]).read_text()):
     if code != want:
         raise SystemExit(f"{code} instead of {want}: {words}")
 Path(f"written-{rank}.json").write_text(json.dumps(seen))
+torch.distributed.destroy_process_group()
 """
 
 
