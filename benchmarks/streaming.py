@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/streaming.py --work /some/disk [--layers 32]
 
-Makes bf16 shards (4,096 wide, 11,008 FFN, one shard a layer, 13 GB for 32 layers), runs the command line with Wanda 50 %
-on 16 x 512 tokens of the builtin text, and prints the dry run's peak memory and the process's own (VmHWM). The
+Makes bf16 shards (4,096 wide, 11,008 FFN, one shard a layer, 13 GB for 32 layers), runs the command line with Wanda
+50 % on 16 x 512 tokens of the builtin text, and prints the dry run's peak memory and the process's own (VmHWM). The
 files are deleted afterwards unless --keep is given.
 """
 
@@ -31,7 +31,8 @@ def make(place: Path, layers: int) -> None:
     tokenizer.save_pretrained(place)
     config = LlamaConfig(vocab_size=49152, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
                          num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False,
-                         architectures=["LlamaForCausalLM"], dtype="bfloat16", bos_token_id=1, eos_token_id=2)  # fmt: skip
+                         architectures=["LlamaForCausalLM"], dtype="bfloat16", bos_token_id=1,
+                         eos_token_id=2)  # fmt: skip
     config.save_pretrained(place)
     generator = torch.Generator().manual_seed(0)
     d, f = 4096, 11008
