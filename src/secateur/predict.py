@@ -25,7 +25,6 @@ from secateur.stage import Stage
 if TYPE_CHECKING:
     from secateur.run import _Run
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 OVERHEAD = 1.35  # a forward pass takes this much longer than its matrix products alone
 
 
@@ -148,18 +147,17 @@ def _memory(run: _Run, first: Stage, whole: int) -> dict[str, int]:
     block, outside = max(blocks), fp32 - sum(blocks)
     in_memory = store.origin is None or store.origin.kind == "gguf"
     needs = {*first.parts.needs, *first.parts.survey_needs}
-    width = DTYPE_BYTES[run.recipe.dtype]
     hidden = int(getattr(store.config.get_text_config(), "hidden_size", 0) or 0)
     base = psutil.Process().memory_info().rss - (fp32 if in_memory else 0)
     parts = {"libraries and tokenizer": max(base, 0)}
     parts["model in memory"] = fp32 if in_memory else 0
-    walk: dict[str, int] = {"one block": block + (block // 4 * width if width < 4 else 0)}
+    walk: dict[str, int] = {"one block": block}
     walk["outside the blocks"] = 0 if in_memory else outside
     if needs:
         tokens = run.recipe.batch_size * text.length
         largest = max((max(m.shape) for b in anatomy.blocks for m in b.matrices), default=hidden)
-        walk["activations"] = 0 if run._spill else text.samples * text.length * hidden * width
-        walk["one batch"] = tokens * (4 * largest + 6 * hidden) * width
+        walk["activations"] = 0 if run._spill else text.samples * text.length * hidden * 4
+        walk["one batch"] = tokens * (4 * largest + 6 * hidden) * 4
         walk["statistics"] = sum(_statistics(p, first) for p in needs)
         if Gradient in needs:
             walk["gradients"] = 2 * fp32

@@ -352,7 +352,7 @@ class _Run:
         from secateur.engine.write import work_dir
 
         text = self.recipe.text
-        needed = text.samples * text.length * self._hidden_size * DTYPES[self.recipe.dtype].itemsize // self.world.size
+        needed = text.samples * text.length * self._hidden_size * 4 // self.world.size
         return work_dir(self.out) / "activations" if needed > psutil.virtual_memory().available // 4 else None
 
     @property

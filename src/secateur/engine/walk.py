@@ -14,7 +14,7 @@ Long because the walk and the listening inside a block share their state of one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +46,8 @@ class WalkSettings:
         needs: probe classes to gather; empty means no text is read at all.
         dense: blocks are not changed; one pass each, every block sees the dense model's activations.
         device: where the block being worked on lives.
-        dtype: precision of the forward passes (weights stay fp32 for whoever prunes them).
+        dtype: precision of the matrix products of the forward passes; weights, norms and the residual stream stay
+            fp32 (with all of it in bf16, SparseGPT at 50 % lost 1.4 % perplexity on a 135M model).
         spill: directory for activations that do not fit; None keeps them in memory.
         world: this process among those that share the text.
         skip: blocks whose evidence nobody needs (they were finished by an earlier run).
@@ -167,6 +168,11 @@ def walk(
             feed.hidden.clear()
 
 
+def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in ``dtype`` while the context is open, everything else in fp32 (torch's autocast)."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype, cache_enabled=False)
+
+
 @contextmanager
 def running_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The module's floating point parameters and buffers in ``dtype`` for a while; the originals come back."""
@@ -191,8 +197,7 @@ class _Feed:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor], how: WalkSettings) -> None:
         self.how = how
-        with running_as(model, how.dtype):
-            captured = capture(model, anatomy.path, how.world.mine(batches))
+        captured = capture(model, anatomy.path, how.world.mine(batches))
         self.calls = captured.calls
         self.hidden = Activations(how.spill)
         for x in captured.inputs:
@@ -202,10 +207,10 @@ class _Feed:
         self._moved: tuple[Call, Call] | None = None
 
     def call(self, batch: int, block: int) -> Call:
-        """This block's call on the device in the dtype; the last one moved is kept, as most are equal."""
+        """This block's call on the device; the last one moved is kept, as most are equal."""
         call = self.calls[batch][block]
         if self._moved is None or self._moved[0] is not call:
-            self._moved = (call, move_call(call, self.how.device, self.how.dtype))
+            self._moved = (call, move_call(call, self.how.device))
         return self._moved[1]
 
     def gather(self, visit: Visit, last: bool) -> None:
@@ -215,7 +220,7 @@ class _Feed:
         keep_output = self.how.dense and not last
         early = not (keep_output or ear.block_probes or local)
         visit.module.requires_grad_(local)
-        with running_as(visit.module, self.how.dtype), ear.listening(visit.module):
+        with products_in(self.how.dtype, self.how.device), ear.listening(visit.module):
             for b in range(len(self.hidden)):
                 x = self.hidden[b].to(self.how.device)
                 ear.begin(x, stop=early)
@@ -237,7 +242,7 @@ class _Feed:
 
     def advance(self, module: nn.Module, index: int) -> None:
         """Second pass: the changed block makes the next block's inputs."""
-        with torch.no_grad(), running_as(module, self.how.dtype):
+        with torch.no_grad(), products_in(self.how.dtype, self.how.device):
             for b in range(len(self.hidden)):
                 x = self.hidden[b].to(self.how.device)
                 self.hidden[b] = hidden_of(run_block(module, x, self.call(b, index)))

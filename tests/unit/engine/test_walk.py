@@ -271,15 +271,14 @@ def test_bf16_passes_leave_fp32_weights_alone() -> None:
     model, batches = make("llama"), [tokens()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     inside = []
-    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(
-        lambda m, a: inside.append((a[0].dtype, m.weight.dtype))
-    )
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, a, y: inside.append((m.weight.dtype, y.dtype)))
+    model.model.layers[1].register_forward_pre_hook(lambda m, a: inside.append(a[0].dtype))  # the residual stream
 
     def still_wide(visit: Visit) -> None:
         assert {p.dtype for p in visit.module.parameters()} == {torch.float32}
 
     low, _ = gather(model, batches, still_wide, needs=(InputNorm,), dtype=torch.bfloat16)
-    assert set(inside) == {(torch.bfloat16, torch.bfloat16)}
+    assert set(inside) == {(torch.float32, torch.bfloat16), torch.float32}
     assert all(v.dtype == torch.float32 and torch.equal(v, before[k]) for k, v in model.state_dict().items())
     high, _ = gather(model, batches, needs=(InputNorm,))
     for key in high:

@@ -104,9 +104,9 @@ def _map(value: Any, change: Any) -> Any:
     return value
 
 
-def move_call(call: Call, device: torch.device, dtype: torch.dtype) -> Call:
-    """The call with its tensors on ``device`` and its floating point ones in ``dtype``."""
-    return _map(call, lambda t: t.to(device, dtype) if t.is_floating_point() else t.to(device))
+def move_call(call: Call, device: torch.device) -> Call:
+    """The call with its tensors on ``device``."""
+    return _map(call, lambda t: t.to(device))
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Any:
