@@ -57,9 +57,10 @@ def predict(run: _Run, first: Stage) -> Forecast:
     store = run.store
     notes: list[str] = []
     whole = sum(store.bytes_of_block(i) for i in [*range(store.blocks), None])
-    before = size(first.model)
+    context = run.measure_options().length
+    before = size(first.model, context=context)
     after_model, zeros = _shrunk(run, notes)
-    after = size(after_model)
+    after = size(after_model, context=context)
     width = whole / max(before.parameters, 1)
     ram = _memory(run, first, whole)
     seconds = _seconds(run, first, before.macs_per_token)
