@@ -34,7 +34,6 @@ from secateur.methods.sites import (
     WHOLE,
     block_matrices,
     matrix_sites,
-    pooled,
     stored,
     unit_infos,
     unit_site,
@@ -194,7 +193,7 @@ class Stage:
             assert not isinstance(ranking, UnitScore)
             for site in self._matrix_sites(visit):
                 scores = ranking.score(site, visit.evidence.get(site.name, Evidence(site.name)))
-                yield site.name, pooled(self.parts.grain, scores)
+                yield site.name, self.parts.grain.unit_scores(scores).reshape(-1)
         else:
             space = WHOLE if step.space == "layer" else visit.block.spaces.get(step.space)
             if space is not None:

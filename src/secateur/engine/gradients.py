@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from secateur.anatomy.types import Anatomy
 from secateur.engine.distribute import World
+from secateur.engine.ear import site_name
 from secateur.engine.probes import Gradient, Probe
 from secateur.engine.store import Store
-from secateur.engine.walk import site_name
 from secateur.errors import SecateurError
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy, Block, Matrix, Space
 from secateur.engine.distribute import seeded
+from secateur.engine.ear import site_name
 from secateur.engine.probes import Evidence, Probe
-from secateur.engine.walk import Visit, site_name
+from secateur.engine.walk import Visit
 from secateur.methods.base import MatrixSite, SiteInfo, UnitSite
-from secateur.methods.grains import Grain, Tile
+from secateur.methods.grains import Grain
 
 WHOLE = Space("layer", 1, ())
 """A layer as a space of one unit."""
@@ -141,12 +142,3 @@ def stored(matrix: Matrix, parts: Sequence[Tensor]) -> Tensor:
     """[out, in] results of a matrix's sites (several for experts) back in the tensor's stored shape."""
     parts = [p.T for p in parts] if matrix.transposed else list(parts)
     return torch.stack(parts) if matrix.experts else parts[0]
-
-
-def pooled(grain: Grain, scores: Tensor) -> Tensor:
-    """Elementwise scores [out, in] as the scores of what competes: [units] (tiles are sums)."""
-    if not isinstance(grain, Tile):
-        return scores.reshape(-1)
-    out, inn = scores.shape
-    tiles = scores.reshape(out // grain.rows, grain.rows, inn // grain.columns, grain.columns)
-    return tiles.double().sum((1, 3)).float().reshape(-1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from secateur.anatomy import anatomy_of
 from secateur.anatomy.types import Anatomy
 from secateur.engine.distribute import World
+from secateur.engine.ear import site_name
 from secateur.engine.gradients import gradients
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.probes import (
@@ -33,7 +34,7 @@ from secateur.engine.probes import (
     RouterMass,
 )
 from secateur.engine.store import Store
-from secateur.engine.walk import Visit, WalkSettings, batches_of, site_name, walk
+from secateur.engine.walk import Visit, WalkSettings, batches_of, walk
 from whole_toys import make, tokens
 
 INPUT = (InputNorm, InputMoments, Gram, AbsMax, Quantiles, Contribution, PositionSquares)
