@@ -128,7 +128,7 @@ def read_headers(folder: Path) -> dict[str, Entry]:
     """
     index = folder / INDEX
     if index.is_file():
-        return _read_index(index)
+        return read_index(index)[0]
     if (folder / SINGLE).is_file():
         return dict(read_header(folder / SINGLE).tensors)
     names = sorted(p.name for p in folder.iterdir())
@@ -180,11 +180,16 @@ def refuse_quantised(names: Iterable[str]) -> None:
             )
 
 
-def _read_index(index: Path) -> dict[str, Entry]:
+def read_index(index: Path) -> tuple[dict[str, Entry], dict[str, Header]]:
+    """Every tensor that an index lists, by name, and the headers of its shards, by file name.
+
+    Raises:
+        SecateurError: a missing shard, one outside the directory, or one that holds something else than listed.
+    """
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
         raise SecateurError(
-            f"{INDEX} has no weight_map from tensor names to file names",
+            f"{index.name} has no weight_map from tensor names to file names",
             received=table,
             works="fetch or convert the file again",
         )
@@ -192,14 +197,14 @@ def _read_index(index: Path) -> dict[str, Entry]:
     for shard in sorted(set(table.values())):
         if not shard.endswith(".safetensors") or shard != os.path.basename(shard) or shard.startswith("."):
             raise SecateurError(
-                f"{INDEX} names a shard that is not a safetensors file beside it",
+                f"{index.name} names a shard that is not a safetensors file beside it",
                 received=shard,
                 works="fetch or convert the file again",
             )
         path = index.parent / shard
         if not path.is_file():
             raise SecateurError(
-                f"shard {shard} is missing", received=f"{INDEX} lists it", works="fetch the checkpoint again"
+                f"shard {shard} is missing", received=f"{index.name} lists it", works="fetch the checkpoint again"
             )
         headers[shard] = read_header(path)
     found: dict[str, Entry] = {}
@@ -207,7 +212,7 @@ def _read_index(index: Path) -> dict[str, Entry]:
         for name, entry in header.tensors.items():
             if table.get(name) != shard:
                 raise SecateurError(
-                    f"tensor {name!r} is in {shard}, but {INDEX} says otherwise",
+                    f"tensor {name!r} is in {shard}, but {index.name} says otherwise",
                     received=str(table.get(name)),
                     works="fetch or convert the file again",
                 )
@@ -215,10 +220,10 @@ def _read_index(index: Path) -> dict[str, Entry]:
     for name, shard in table.items():
         if name not in found:
             raise SecateurError(
-                f"{INDEX} promises tensor {name!r} in {shard}, which does not hold it",
+                f"{index.name} promises tensor {name!r} in {shard}, which does not hold it",
                 works="fetch or convert the file again",
             )
-    return found
+    return found, headers
 
 
 def _entry(path: Path, name: str, row: Any, start: int) -> Entry:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -197,20 +197,47 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write(text.encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file, deterministic to the byte; one tensor at a time is cast and copied.
 
     Args:
         path: the file.
         tensors: by name, anywhere and in any dtype.
         dtypes: what each is written as; None: as it is.
+        metadata: further words of the header.
     """
     kinds = {name: value.dtype for name, value in tensors.items()} if dtypes is None else dtypes
-    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, natural(name)))
+    table = {name: (kinds[name], tuple(value.shape)) for name, value in tensors.items()}
+    stream_tensors(path, table, tensors.__getitem__, metadata)
+
+
+def stream_tensors(
+    path: Path,
+    table: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """The same with tensors that are made when their turn comes: no two need be in memory together.
+
+    Args:
+        path: the file.
+        table: dtype and shape by name.
+        tensor: gives the tensor of a name, in any dtype.
+        metadata: further words of the header.
+    """
+    order = sorted(table, key=lambda name: (-table[name][0].itemsize, natural(name)))
     with _replacing(path) as file:
-        file.write(_header([(name, kinds[name], tuple(tensors[name].shape)) for name in order]))
+        file.write(_header([(name, *table[name]) for name in order], metadata))
         for name in order:
-            flat = tensors[name].to("cpu", kinds[name]).contiguous().reshape(-1)
+            dtype, shape = table[name]
+            value = tensor(name)
+            assert tuple(value.shape) == shape, name
+            flat = value.to("cpu", dtype).contiguous().reshape(-1)
             if flat.numel():
                 file.write(flat.view(torch.uint8).numpy().data)
 
@@ -235,8 +262,10 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _header(table: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
-    rows: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(
+    table: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    rows: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name, dtype, shape in table:
         end = at + int(torch.Size(shape).numel()) * dtype.itemsize
