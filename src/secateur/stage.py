@@ -266,7 +266,14 @@ class Stage:
             self.at.tick(phase, done, total)
 
         how = WalkSettings(
-            needs, dense, self.at.device, self.at.dtype, self.at.spill, self.at.world, skip.__contains__, tick
+            needs=needs,
+            dense=dense,
+            device=self.at.device,
+            dtype=self.at.dtype,
+            spill=self.at.spill,
+            world=self.at.world,
+            skip=skip.__contains__,
+            tick=tick,
         )
         for visit in walk(self.model, self.anatomy, self.store, batches, how):
             if gradient:

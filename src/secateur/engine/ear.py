@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Block
-from secateur.engine.host.experts import listening
+from secateur.engine.host.experts import Heard, listening
 from secateur.engine.probes import Evidence, LocalGradient, Probe
 
 
@@ -30,8 +31,8 @@ class Enough(BaseException):
 class Ear:
     """Listens to one block, batch by batch:
 
-        with ear.listening():
-            for x in batches:
+        for x in batches:
+            with ear.listening():
                 ear.begin(x, stop=True)     # may then raise `Enough` out of the block's forward
                 ...                         # run the block on x
 
@@ -51,6 +52,7 @@ class Ear:
         self.input = [p for p, k in kinds.items() if k == "input"]
         self.positions = [p for p, k in kinds.items() if k == "positions"]
         self.weighted = [p for p, k in kinds.items() if k == "weighted"]
+        self.paired = [p for p, k in kinds.items() if k == "paired"]
         self.local = [p for p in kinds if issubclass(p, LocalGradient)]
         self.block_probes: dict[type[Probe], Probe] = {p: p() for p, k in kinds.items() if k == "block"}
         self.router: dict[type[Probe], Probe] = {p: p() for p, k in kinds.items() if k == "router"}
@@ -59,6 +61,7 @@ class Ear:
         self.modules: dict[str, list[Any]] = {}
         for m in block.matrices:
             self.modules.setdefault(m.module, []).append(m)
+        self.beside: dict[str, Tensor] = {}  # module -> what the dense stream has there; see `overhearing`
         self.leader: dict[str, str] = {}  # module -> the earlier one that reads the very same input
         self.heard: list[tuple[str, Tensor, int]] = []  # module, its input, the input's version then
         self.order: list[str] = []
@@ -74,20 +77,45 @@ class Ear:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Attach; on exit nothing is left behind."""
-        if not (self.input or self.positions or self.weighted or self.router or self.local):
+        """Attach; on exit nothing is left behind but the statistics, which the next time adds to."""
+        if not (self.input or self.positions or self.weighted or self.paired or self.router or self.local):
             yield
             return
         with ExitStack() as stack:
             for name, matrices in self.modules.items():
                 part = self.module.get_submodule(name)
+                new = site_name(self.block, matrices[0].tensor, 0 if matrices[0].experts else None) not in self.evidence
                 if matrices[0].experts:
-                    self._start_experts(matrices)
-                    stack.enter_context(listening(part, self._expert_hook(matrices), self._routed))
+                    if new:
+                        self._start_experts(matrices)
+                    hook, other = self._expert_hook(matrices), partial(self.beside.get, name)
+                    stack.enter_context(listening(part, hook, self._routed, other))
                 else:
-                    self._start(matrices)
+                    if new:
+                        self._start(matrices)
                     handle = part.register_forward_pre_hook(self._hook(name, matrices))
                     stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def overhearing(self) -> Iterator[None]:
+        """Note every matrix's input in the forward of this context: what paired statistics hold the next one's
+        inputs against. It must be of the same tokens."""
+        self.beside.clear()
+        noted: list[tuple[Tensor, int, Tensor]] = []  # an input, its version then, its copy: the block may change it
+        with ExitStack() as stack:
+            for name in self.modules if self.paired else ():
+
+                def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                    x = (args[0] if args else next(iter(kwargs.values()))).detach()
+                    copy = next((c for h, version, c in noted if _same(h, x) and version == x._version), None)
+                    if copy is None:
+                        copy = x.clone()
+                        noted.append((x, x._version, copy))
+                    self.beside[name] = copy
+
+                part = self.module.get_submodule(name)
+                stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     def begin(self, x: Tensor, stop: bool) -> None:
@@ -101,7 +129,8 @@ class Ear:
 
     def _start(self, matrices: list[Any]) -> None:
         for m in matrices:
-            own: dict[type[Probe], Probe] = {p: p() for p in (*self.input, *self.positions, *self.weighted)}
+            kinds = (*self.input, *self.positions, *self.paired, *self.weighted)
+            own: dict[type[Probe], Probe] = {p: p() for p in kinds}
             name = site_name(self.block, m.tensor)
             own |= {p: p() for p in self.local}
             self.evidence[name] = Evidence(name, own)
@@ -118,6 +147,9 @@ class Ear:
                 for p in self.positions:
                     own[p] = p()
                     own[p].update(empty.unsqueeze(1))
+                for p in self.paired:
+                    own[p] = p()
+                    own[p].update(empty, None, empty)
                 for p in self.weighted:
                     own[p] = p()
                     own[p].update(empty, None, m.view(weight, e))
@@ -136,7 +168,7 @@ class Ear:
                     self.leader[name] = leader
             if name in self.leader:
                 self._follow(self.leader[name], matrices)
-            self._update(matrices, x, shared=name in self.leader)
+            self._update(matrices, x, self.beside.get(name), shared=name in self.leader)
             if self.stop and name == self.stop_at:
                 raise Enough
 
@@ -148,12 +180,13 @@ class Ear:
         for m in matrices:
             name = site_name(self.block, m.tensor)
             mine = self.evidence[name]
-            if all(mine[p] is first[p] for p in (*self.input, *self.positions)):
+            shared = (*self.input, *self.positions, *self.paired)
+            if all(mine[p] is first[p] for p in shared):
                 continue
-            common = {p: first[p] for p in (*self.input, *self.positions)}
+            common = {p: first[p] for p in shared}
             self.evidence[name] = Evidence(name, {**dict(mine.items()), **common})
 
-    def _update(self, matrices: list[Any], x: Tensor, shared: bool) -> None:
+    def _update(self, matrices: list[Any], x: Tensor, dense: Tensor | None, shared: bool) -> None:
         flat = x.reshape(-1, x.shape[-1])
         for at, m in enumerate(matrices):
             evidence = self.evidence[site_name(self.block, m.tensor)]
@@ -162,15 +195,18 @@ class Ear:
                     evidence[p].update(flat, None)
                 for p in self.positions:
                     evidence[p].update(flat.reshape(*self.batch_shape[:-1], -1))
+                for p in self.paired:
+                    assert dense is not None, "paired statistics need both streams"
+                    evidence[p].update(flat, None, dense.reshape(flat.shape))
             for p in self.weighted:
                 weight = m.view(self.module.get_parameter(m.tensor))
                 evidence[p].update(flat, None, weight)
 
-    def _expert_hook(self, matrices: list[Any]) -> Callable[[str, int, Tensor, Tensor], None]:
+    def _expert_hook(self, matrices: list[Any]) -> Heard:
         by_name = {m.tensor.rsplit(".", 1)[-1]: m for m in matrices}
         where = matrices[0].module
 
-        def heard(name: str, expert: int, x: Tensor, gate: Tensor) -> None:
+        def heard(name: str, expert: int, x: Tensor, gate: Tensor, dense: Tensor | None) -> None:
             if self.first and (not self.order or self.order[-1] != where):
                 self.order.append(where)
             m = by_name[name]
@@ -180,6 +216,9 @@ class Ear:
                 evidence[p].update(x, gate)
             for p in self.positions:
                 evidence[p].update((x * gate.unsqueeze(-1)).unsqueeze(1))
+            for p in self.paired:
+                assert dense is not None, "paired statistics need both streams"
+                evidence[p].update(x, gate, dense.detach())
             for p in self.weighted:
                 evidence[p].update(x, gate, m.view(self.module.get_parameter(m.tensor), expert))
 

@@ -7,7 +7,7 @@ be split over processes and all-reduced, and two processes see what one would up
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -22,14 +22,17 @@ class Probe(ABC):
     - ``input``: the input x [tokens, in] of a matrix (``update(x, gate)``; ``gate`` [tokens] is the router's
       weight of each token for experts' matrices, None elsewhere);
     - ``weighted``: the same, and the matrix itself is handed over (``update(x, gate, weight)``);
+    - ``paired``: the same, and what the dense model has at the same place for the same tokens (``update(x, gate,
+      dense)``); only walks that carry both streams gather it;
     - ``positions``: the input with its positions, x [batch, length, in] (experts: [1, tokens, in]);
     - ``block``: the hidden states before and after the block (``update(before, after)`` [tokens, hidden]);
     - ``router``: router weights [tokens, experts], zero where not routed;
     - ``gradient``: the gradient of the loss on one batch (``update(grad, weight)``, stored shape [out, in]).
     """
 
-    kind: ClassVar[Literal["input", "weighted", "positions", "block", "router", "gradient"]]
+    kind: ClassVar[Literal["input", "weighted", "paired", "positions", "block", "router", "gradient"]]
     reduce: ClassVar[Literal["sum", "max"]] = "sum"
+    beside: ClassVar[type[Probe] | None] = None  # the paired statistic that fits use with this one
     sums: dict[str, Tensor]
 
     def __init__(self) -> None:
@@ -94,10 +97,26 @@ class InputNorm(Probe):
         return self.sums["square"].sqrt().float()
 
 
+class DenseMean(Probe):
+    """Mean of the dense model's input at a matrix, over the tokens that reach the matrix in the pruned one."""
+
+    kind = "paired"
+
+    def update(self, x: Tensor, gate: Tensor | None, dense: Tensor) -> None:
+        self.add("count", torch.tensor(float(len(dense)), device=dense.device))
+        self.add("sum", dense.double().sum(0))
+
+    @property
+    def mean(self) -> Tensor:
+        """fp32 [in]."""
+        return (self.sums["sum"] / self.sums["count"].clamp_min(1)).float()
+
+
 class InputMoments(Probe):
     """Mean and variance of each input channel."""
 
     kind = "input"
+    beside = DenseMean
 
     def update(self, x: Tensor, gate: Tensor | None = None) -> None:
         x = x.double()
@@ -117,10 +136,29 @@ class InputMoments(Probe):
         return (self.sums["square"] / n - (self.sums["sum"] / n) ** 2).clamp_min(0).float()
 
 
+class CrossGram(Probe):
+    """X^T X_dense: the pruned model's inputs against the dense model's, ``cross`` [in, in]."""
+
+    kind = "paired"
+
+    def update(self, x: Tensor, gate: Tensor | None, dense: Tensor) -> None:
+        self.add("cross", x.float().T @ dense.float())
+
+    @property
+    def cross(self) -> Tensor:
+        """Sum over tokens of x x_dense^T, fp32 [in, in]; not symmetric."""
+        return self.sums["cross"].float()
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        return 8 * columns * columns
+
+
 class Gram(Probe):
     """X^T X of the inputs: ``gram`` [in, in]. Only the upper block triangle is multiplied out."""
 
     kind = "input"
+    beside = CrossGram
     tile: ClassVar[int] = 384
 
     def update(self, x: Tensor, gate: Tensor | None = None) -> None:
@@ -285,3 +323,8 @@ class Gradient(Probe):
 class LocalGradient(Gradient):
     """Gradient of the L2 norm of the block's own output, so that nothing but the block is needed (the regional
     gradient of Wanda++, arXiv 2503.04992, section 3.2; from the abstract and our reading, not their code)."""
+
+
+def paired(needs: Iterable[type[Probe]]) -> tuple[type[Probe], ...]:
+    """These probes, and the paired statistic of each that has one."""
+    return tuple(dict.fromkeys(q for p in needs for q in (p, p.beside) if q is not None))

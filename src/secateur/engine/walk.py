@@ -41,8 +41,11 @@ class WalkSettings:
     """How to walk.
 
     Attributes:
-        needs: probe classes to gather; empty means no text is read at all.
-        dense: blocks are not changed; one pass each, every block sees the dense model's activations.
+        needs: probe classes to gather; without any, and without ``inputs``, no text is read at all.
+        dense: every block sees the dense model's activations, whatever becomes of the blocks; one pass each.
+        beside: carry the dense model's activations beside those of the changed blocks, for ``paired`` statistics and
+            for `Stream.dense`: one more pass each.
+        inputs: keep a block's inputs while it is visited (`Visit.stream`).
         device: where the block being worked on lives.
         dtype: precision of the matrix products of the forward passes; weights, norms and the residual stream stay
             fp32 (with all of it in bf16, SparseGPT at 50 % lost 1.4 % perplexity on a 135M model).
@@ -54,12 +57,34 @@ class WalkSettings:
 
     needs: tuple[type[Probe], ...] = ()
     dense: bool = False
+    beside: bool = False
+    inputs: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     spill: Path | None = None
     world: World = field(default_factory=World)
     skip: Callable[[int], bool] = lambda index: False
     tick: Callable[[int], None] = lambda n: None
+
+
+class Stream(Protocol):
+    """What flows into one block, batch by batch (this process's batches)."""
+
+    spill: Path | None  # where what is made of it may be spilled
+
+    def __len__(self) -> int: ...
+
+    def inputs(self, batch: int) -> Tensor:
+        """Hidden states [batch, length, hidden] in front of the block, on the walk's device."""
+        ...
+
+    def dense(self, batch: int) -> Tensor:
+        """The dense model's in the same place; the same tensor where only one stream is walked."""
+        ...
+
+    def run(self, module: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+        """The block's output, called as the host calls it with this batch's masks and positions."""
+        ...
 
 
 @dataclass
@@ -70,12 +95,14 @@ class Visit:
         block, module: its anatomy and its weights (fp32, on the walk's device).
         evidence: per matrix-site name (``model.layers.0.mlp.up_proj.weight``, ``[e]`` appended for an expert).
         block_evidence: of the whole block.
+        stream: what flows into the block, where the walk keeps it.
     """
 
     block: Block
     module: nn.Module
     evidence: dict[str, Evidence]
     block_evidence: Evidence
+    stream: Stream | None = None
 
 
 def batches_of(windows: Tensor, size: int) -> list[Tensor]:
@@ -105,6 +132,13 @@ class Activations:
             self._file(i).write_bytes(flat.view(torch.uint8).numpy().tobytes())
         except OSError as e:
             raise SecateurError(f"activations could not be spilled: {e.strerror}", received=str(self.spill)) from e
+
+    def put(self, i: int, x: Tensor) -> None:
+        """Set the i-th, or append it where it is the next."""
+        if i == len(self.kept):
+            self.append(x)
+        else:
+            self[i] = x
 
     def __getitem__(self, i: int) -> Tensor:
         kept = self.kept[i]
@@ -142,7 +176,7 @@ def walk(
         A `Visit` per block. Whatever the consumer does to ``visit.module`` feeds the next block. The consumer
         may set ``visit.module``'s block to already finished weights (a resumed run): evidence is then unused.
     """
-    feed = _Feed(model, anatomy, batches, how) if how.needs else None
+    feed = _Feed(model, anatomy, batches, how) if how.needs or how.inputs else None
     blocks = model.get_submodule(anatomy.path)
     assert isinstance(blocks, nn.ModuleList)
     try:
@@ -150,15 +184,16 @@ def walk(
             source.load_block(model, i, how.device)
             module = blocks[i]
             visit = Visit(block, module, {}, Evidence(block.name))
-            if feed is not None and not how.skip(i):
-                feed.gather(visit, last=i + 1 == len(anatomy.blocks))
+            last = i + 1 == len(anatomy.blocks)
+            if feed is not None:
+                feed.gather(visit, last, how.skip(i))
             yield visit
-            if feed is not None and not how.dense and i + 1 < len(anatomy.blocks):
+            if feed is not None and not last:
                 feed.advance(module, i)
             source.release_block(model, i)
     finally:
         if feed is not None:
-            feed.hidden.clear()
+            feed.clear()
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
@@ -182,15 +217,23 @@ def running_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Feed:
-    """Calibration batches on their way through the blocks."""
+    """Calibration batches on their way through the blocks.
+
+    Of every batch it holds the hidden states that the next block is fitted on, with ``how.beside`` the dense model's
+    as well, and with ``how.inputs`` the dense stream's next ones apart until the present ones were looked at.
+    """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor], how: WalkSettings) -> None:
         self.how = how
         captured = capture(model, anatomy.path, how.world.mine(batches))
         self.calls = captured.calls
         self.hidden = Activations(how.spill)
+        self.beside = Activations(how.spill and how.spill / "dense") if how.beside else self.hidden
+        self.coming = Activations(how.spill and how.spill / "coming") if how.inputs else self.beside
         for x in captured.inputs:
             self.hidden.append(x)
+            if how.beside:
+                self.beside.append(x)
         captured.inputs.clear()
         self._moved: tuple[Call, Call] | None = None
 
@@ -201,38 +244,93 @@ class _Feed:
             self._moved = (call, move_call(call, self.how.device))
         return self._moved[1]
 
-    def gather(self, visit: Visit, last: bool) -> None:
-        """First pass: fill the visit's evidence. A dense walk's pass also makes the next block's inputs."""
+    def gather(self, visit: Visit, last: bool, skip: bool) -> None:
+        """First pass: fill the visit's evidence, and take the dense stream (if one is walked) through the block.
+
+        Args:
+            last: the block's outputs are nobody's inputs.
+            skip: nobody needs the evidence. A dense walk listens all the same: what goes on into the next block must
+                be computed as it was in the run that finished this one.
+        """
         local = any(issubclass(p, LocalGradient) for p in self.how.needs)
+        keep_output = self.how.dense and not last
+        dense_goes_on = self.how.beside and not last
         ear = Ear(visit.block, visit.module, self.how.needs)
         visit.evidence, visit.block_evidence = ear.evidence, ear.block_evidence
-        keep_output = self.how.dense and not last
+        if self.how.inputs:
+            visit.stream = _BlockStream(self, visit.block.index)
+        listens = bool(self.how.needs) and (not skip or keep_output)
         early = not (keep_output or ear.block_probes or local)
-        visit.module.requires_grad_(local)
-        with products_in(self.how.dtype, self.how.device), ear.listening():
-            for b in range(len(self.hidden)):
-                x = self.hidden[b].to(self.how.device)
-                ear.begin(x, stop=early)
-                try:
-                    with torch.set_grad_enabled(local):
-                        y = hidden_of(run_block(visit.module, x, self.call(b, visit.block.index)))
-                except Enough:
-                    self.how.tick(1)
-                    continue
-                if local:
-                    ear.gradients(y)
-                for probe in ear.block_probes.values():
-                    probe.update(x.reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1]))
-                if keep_output:
-                    self.hidden[b] = y
-                self.how.tick(1)
+        index = visit.block.index
+        for b in range(len(self.hidden)) if listens or keep_output or dense_goes_on else ():
+            with products_in(self.how.dtype, self.how.device):
+                if dense_goes_on or (self.how.beside and ear.paired):
+                    with torch.no_grad(), ear.overhearing():
+                        d = self.beside[b].to(self.how.device)
+                        self.coming.put(b, hidden_of(run_block(visit.module, d, self.call(b, index))))
+                if listens or keep_output:
+                    with ear.listening():
+                        self._hear(visit, ear, b, early=early, keep=keep_output)
+            self.how.tick(1)
         visit.module.requires_grad_(False)
-        self.how.world.add_up(ear.probes())
+        if listens:
+            self.how.world.add_up(ear.probes())
+
+    def _hear(self, visit: Visit, ear: Ear, b: int, early: bool, keep: bool) -> None:
+        """One batch through the block, its probes listening."""
+        x = self.hidden[b].to(self.how.device)
+        local = bool(ear.local)
+        visit.module.requires_grad_(local)
+        ear.begin(x, stop=early)
+        try:
+            with torch.set_grad_enabled(local):
+                y = hidden_of(run_block(visit.module, x, self.call(b, visit.block.index)))
+        except Enough:
+            return
+        if local:
+            ear.gradients(y)
+        for probe in ear.block_probes.values():
+            probe.update(x.reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1]))
+        if keep:
+            self.coming.put(b, y)
 
     def advance(self, module: nn.Module, index: int) -> None:
-        """Second pass: the changed block makes the next block's inputs."""
+        """Second pass: the changed block makes the next block's inputs; a dense stream has passed already."""
+        if self.coming is not self.beside:
+            ahead, behind = self.coming, self.beside
+            if len(ahead):
+                self.coming, self.beside = behind, ahead
+                if not self.how.beside:
+                    self.hidden = ahead
+        if self.how.dense:
+            return
         with torch.no_grad(), products_in(self.how.dtype, self.how.device):
             for b in range(len(self.hidden)):
                 x = self.hidden[b].to(self.how.device)
                 self.hidden[b] = hidden_of(run_block(module, x, self.call(b, index)))
                 self.how.tick(1)
+
+    def clear(self) -> None:
+        """Let go of everything, spilled files too."""
+        for held in (self.hidden, self.beside, self.coming):
+            held.clear()
+
+
+class _BlockStream:
+    """A feed as seen from one block; see `Stream`."""
+
+    def __init__(self, feed: _Feed, index: int) -> None:
+        self.feed, self.index, self.spill = feed, index, feed.how.spill
+
+    def __len__(self) -> int:
+        return len(self.feed.hidden)
+
+    def inputs(self, batch: int) -> Tensor:
+        return self.feed.hidden[batch].to(self.feed.how.device)
+
+    def dense(self, batch: int) -> Tensor:
+        return self.feed.beside[batch].to(self.feed.how.device)
+
+    def run(self, module: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+        with products_in(self.feed.how.dtype, self.feed.how.device):
+            return hidden_of(run_block(module, hidden, self.feed.call(batch, self.index)))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from secateur.errors import SecateurError
 
-Heard = Callable[[str, int, Tensor, Tensor], None]
-"""(parameter name, expert, input [tokens, in], router weight [tokens])."""
+Heard = Callable[[str, int, Tensor, Tensor, Tensor | None], None]
+"""(parameter name, expert, input [tokens, in], router weight [tokens], the other stream's input of these tokens)."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -26,20 +26,27 @@ def is_experts(module: nn.Module) -> bool:
 
 
 @contextmanager
-def listening(module: nn.Module, heard: Heard, routed: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+def listening(
+    module: nn.Module,
+    heard: Heard,
+    routed: Callable[[Tensor], None] | None = None,
+    beside: Callable[[], Tensor | None] = lambda: None,
+) -> Iterator[None]:
     """Report every expert matrix's input while the context is open.
 
     Args:
         module: the experts module (``gate_up_proj`` or ``up_proj``, and ``down_proj``, each [experts, ., .]).
         heard: called once per expert that got tokens and matrix.
         routed: called with the router's weights [tokens, experts], zero where not routed.
+        beside: asked at every forward for what another stream has in the place of this one's hidden states. An
+            expert's tokens then pass through it twice, whether or not the other stream's router chose it for them.
     """
     if not is_experts(module):
         raise SecateurError(
             f"experts of class {type(module).__name__} cannot be listened to",
             works="use a score that needs no activations (magnitude, random) on this family",
         )
-    first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+    first = _first(module)
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         shape = hidden_states.shape
@@ -48,16 +55,17 @@ def listening(module: nn.Module, heard: Heard, routed: Callable[[Tensor], None] 
         if routed is not None:
             mass = torch.zeros(len(hidden), self.num_experts, dtype=torch.float32, device=hidden.device)
             routed(mass.scatter_add_(1, index.clamp_max(self.num_experts - 1), gates.float()))
+        other = beside()
+        other = None if other is None else other.reshape(hidden.shape)
         out = torch.zeros_like(hidden)
         for expert in range(self.num_experts):
             token, slot = torch.where(index == expert)
             if len(token) == 0:
                 continue
-            x, gate = hidden[token], gates[token, slot]
-            heard(first, expert, x, gate)
-            h = _multiply(self, first, expert, x)
-            h = self._apply_gate(h) if getattr(self, "has_gate", True) else self.act_fn(h)
-            heard("down_proj", expert, h, gate)
+            x, gate, z = hidden[token], gates[token, slot], None if other is None else other[token]
+            heard(first, expert, x, gate, z)
+            h, z = _between(self, expert, x), None if z is None else _between(self, expert, z)
+            heard("down_proj", expert, h, gate, z)
             y = _multiply(self, "down_proj", expert, h)
             if getattr(self, "has_post_expert_norm", False):
                 y = self.post_expert_norm(y)
@@ -69,6 +77,16 @@ def listening(module: nn.Module, heard: Heard, routed: Callable[[Tensor], None] 
         yield
     finally:
         del module.__dict__["forward"]
+
+
+def _first(module: nn.Module) -> str:
+    return "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+
+
+def _between(module: Any, expert: int, x: Tensor) -> Tensor:
+    """What an expert's second matrix reads when its first reads x."""
+    h = _multiply(module, _first(module), expert, x)
+    return module._apply_gate(h) if getattr(module, "has_gate", True) else module.act_fn(h)
 
 
 def _multiply(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
