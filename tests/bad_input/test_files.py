@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from secateur.engine import store as store_module
-from secateur.engine import write
+from secateur.engine import reading, write
 from secateur.engine.host.origin import read_tokenizer, resolve
 from secateur.engine.store import Store
 from secateur.engine.write import Outcome, StepWriter, check_out, publish
@@ -200,7 +199,7 @@ def test_refused_before_weights_are_read(
     def never(*args: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(store_module, "read_entry", never)
+    monkeypatch.setattr(reading, "read_entry", never)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SecateurError, match=says) as caught:
         Store.open(resolve(folder))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_files import UP, config, header, index, pickled, text, truncated, weights
 
 from secateur import cli
-from secateur.engine import store as store_module
+from secateur.engine import reading
 from secateur.engine.host import build
 from secateur.errors import SecateurError
 
@@ -403,7 +403,7 @@ def test_refused(
         return spy
 
     if case.stage != "weights":
-        monkeypatch.setattr(store_module, "read_entry", never("a weight was read"))
+        monkeypatch.setattr(reading, "read_entry", never("a weight was read"))
     if case.stage == "words":
         monkeypatch.setattr(build, "build_model", never("a model was built"))
     code = cli.main(case.command.split() if isinstance(case.command, str) else case.command)

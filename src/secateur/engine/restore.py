@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from secateur.engine.headers import read_header
 from secateur.engine.host import convert
-from secateur.engine.store import Store, read_entry
+from secateur.engine.reading import read_entry
+from secateur.engine.store import Store
 
 
 def restore_block(store: Store, model: nn.Module, path: Path) -> None:

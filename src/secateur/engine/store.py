@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from io import BufferedReader, FileIO
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,9 @@ from secateur.engine.headers import Entry, read_headers, read_json, refuse_quant
 from secateur.engine.host import convert
 from secateur.engine.host.build import describe_skeleton, skeleton_model
 from secateur.engine.host.origin import Origin, built, candidates, load_gguf, plain_config, raw_config, read_config
+from secateur.engine.packed_files import is_packed, read_packed
 from secateur.engine.ragged import cut_to_sizes, read_sizes
+from secateur.engine.reading import Reader, check_finite
 from secateur.errors import SecateurError
 
 RECORD = "secateur.json"
@@ -38,6 +38,7 @@ class Store:
         blocks_path: module path of the list of blocks.
         sizes: units per block and space, where blocks have their own (a ragged checkpoint of ours).
         left_out: tensors on disk that this architecture does not use.
+        packed: whether it is a packed checkpoint; tensors are unpacked as they are loaded.
         dtype: what float tensors are loaded as; None: as stored.
     """
 
@@ -48,6 +49,7 @@ class Store:
         self.raw: dict[str, Any] = {}
         self.sizes: dict[str, dict[str, int]] = {}
         self.left_out: tuple[str, ...] = ()
+        self.packed = False
         self.blocks_path = describe_skeleton(model).path
         self.blocks = sum(1 for _ in model.get_submodule(self.blocks_path).children())
         self._model = model  # on the meta device, or the model in memory
@@ -71,9 +73,10 @@ class Store:
             store.origin, store._copy = origin, False
             return store
         config = read_config(origin)
-        entries = read_headers(origin.path)
-        refuse_quantised(entries)
         raw = raw_config(origin)
+        packed = is_packed(origin.path, raw)
+        entries = read_packed(origin.path) if packed else read_headers(origin.path)
+        refuse_quantised(entries)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None)
         if isinstance(layers, int) and layers > len(entries):
             raise SecateurError(
@@ -130,6 +133,7 @@ class Store:
         cut_to_sizes(model, sizes)
         store = built(origin, lambda: cls(model, origin, dtype))
         store.raw, store.sizes, store._entries = raw, sizes, entries
+        store.packed = is_packed(origin.path, raw)
         found = convert.correspond(model, {name: (e.dtype, e.shape) for name, e in entries.items()})
         store._absent, store._added_prefix = found.absent, found.added_prefix
         store.left_out = tuple(sorted(found.unexpected))
@@ -160,13 +164,21 @@ class Store:
             convert.initialise_buffers(model, torch.device(device))
         convert.tie(model, self._absent)
 
-    def load_block(self, model: nn.Module, index: int, device: torch.device | str = "cpu") -> None:
+    def load_block(
+        self, model: nn.Module, index: int, device: torch.device | str = "cpu", without: Collection[str] = ()
+    ) -> None:
         """Load one block's parameters (and persistent buffers) into fresh memory.
+
+        Args:
+            model: of `skeleton`.
+            index: the block.
+            device: where to.
+            without: tensors (by name in memory, each taken from disk as it is) that are left where they are.
 
         Raises:
             SecateurError: a weight is not finite, or the file cannot be read.
         """
-        self._load(model, index, torch.device(device))
+        self._load(model, index, torch.device(device), without)
 
     def release_block(self, model: nn.Module, index: int) -> None:
         """Let a block's weights go: back to the meta device, at the sizes it has now."""
@@ -198,6 +210,19 @@ class Store:
         if self._memory is not None:
             return self._memory[name].dtype
         return self._dtypes[name]
+
+    def entry(self, name: str) -> Entry | None:
+        """Where a tensor (by name in memory) is on disk; None if it is made of something else there, or in memory."""
+        for group in self._groups.get(self.block_of(name), []):
+            if group.first == name and group.converter is None:
+                return self._entries[group.sources[0][0]]
+        return None
+
+    def companions(self, index: int, names: Collection[str]) -> list[str]:
+        """These tensors of a block and all that must be converted with them: whole groups, for `to_disk`."""
+        groups = self._groups.get(index, [])
+        together = [name for group in groups if not group.shapes.keys().isdisjoint(names) for name in group.shapes]
+        return list(dict.fromkeys([*together, *names]))
 
     def bytes_of_block(self, index: int | None) -> int:
         """Bytes of a block (None: of the rest) as stored."""
@@ -244,15 +269,16 @@ class Store:
                 found = places if found is None else found & places
         return min(found) if found else None
 
-    def _load(self, model: nn.Module, index: int | None, device: torch.device) -> None:
+    def _load(self, model: nn.Module, index: int | None, device: torch.device, without: Collection[str] = ()) -> None:
         if self._memory is not None:
             for name in self.names(index):
                 value = self._memory[name]
-                _finite(name, value)
+                check_finite(name, value)
                 kept = value if index is None and not self._copy else value.clone()
                 convert.set_tensor(model, name, kept.to(device=device, dtype=self._target(name, value.dtype)))
             return
-        self._fill(model, self._groups.get(index, []), self._entries, device)
+        groups = [group for group in self._groups.get(index, []) if group.first not in without]
+        self._fill(model, groups, self._entries, device)
 
     def _fill(
         self, model: nn.Module, groups: Sequence[convert.Group], entries: Mapping[str, Entry], device: torch.device
@@ -322,59 +348,3 @@ class Store:
                     received=f"{self.blocks} layers of {type(self._model).__name__}",
                     works=works,
                 )
-
-
-class Reader:
-    """Reads tensors by name on disk into fresh memory, keeping files open over a block."""
-
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self.entries = entries
-        self._files: dict[Path, FileIO] = {}
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def __call__(self, name: str) -> Tensor:
-        """One tensor, checked to be finite."""
-        entry = self.entries[name]
-        try:
-            if entry.file not in self._files:
-                self._files[entry.file] = FileIO(entry.file)
-            value = read_entry(self._files[entry.file], entry)
-        except OSError as error:
-            raise SecateurError(
-                f"cannot read {name!r} from {entry.file}",
-                received=error.strerror or str(error),
-                works="fetch the checkpoint again",
-            ) from error
-        _finite(name, value)
-        return value
-
-
-def read_entry(file: FileIO | BufferedReader, entry: Entry) -> Tensor:
-    """One tensor's bytes into memory of its own."""
-    out = torch.empty(entry.shape, dtype=entry.dtype)
-    if out.numel():
-        view = out.reshape(-1).view(torch.uint8).numpy().data
-        file.seek(entry.begin)
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise OSError(f"{entry.file.name} ended early")
-            view = view[count:]
-    return out
-
-
-def _finite(name: str, value: Tensor) -> None:
-    if value.is_floating_point() and value.numel():
-        low, high = torch.aminmax(value)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise SecateurError(
-                f"tensor {name!r} holds NaN or infinite weights",
-                received=f"{int((~torch.isfinite(value)).sum())} of {value.numel()} entries",
-                works="repair or fetch the checkpoint again",
-            )

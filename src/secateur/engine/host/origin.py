@@ -34,6 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from secateur.engine.headers import read_json
+from secateur.engine.packed_files import is_packed, without_packing
 from secateur.errors import SecateurError
 
 T = TypeVar("T")
@@ -100,7 +101,8 @@ def resolve(model: str | Path, revision: str | None = None, trust_remote_code: b
 def read_config(origin: Origin) -> PreTrainedConfig:
     """The model's config. A class is named in ``architectures`` even where the file does not name one.
 
-    A ragged checkpoint of ours (sizes per layer) comes out as its dense config: the sizes are in secateur.json.
+    A ragged checkpoint of ours (sizes per layer) comes out as its dense config: the sizes are in secateur.json. A
+    packed one comes out as the config of the model it holds.
 
     Raises:
         SecateurError: no such architecture, code that would run, quantised weights, sizes out of this world.
@@ -109,6 +111,8 @@ def read_config(origin: Origin) -> PreTrainedConfig:
         config = built(origin, lambda: AutoConfig.from_pretrained(origin.path, gguf_file=origin.gguf_file))
     else:
         raw = raw_config(origin)
+        if is_packed(origin.path, raw):
+            raw = without_packing(raw)
         check_config(raw, origin.trust_remote_code)
         raw.pop("per_layer_config", None)
         if origin.trust_remote_code and "auto_map" in raw:
