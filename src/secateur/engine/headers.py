@@ -86,7 +86,7 @@ def read_header(path: Path) -> Header:
             f"cannot read {path}", received=error.strerror or str(error), works="give a file you may read"
         ) from None
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        table = strict_json(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise SecateurError(f"the header of {path.name} is not valid JSON", received=str(error), works=works) from None
     if not isinstance(table, dict):
@@ -167,6 +167,15 @@ def read_json(path: Path) -> dict[str, Any]:
             works="fetch or convert the file again",
         )
     return value
+
+
+def strict_json(text: str) -> Any:
+    """JSON without repeated keys, NaN and infinities.
+
+    Raises:
+        ValueError, RecursionError: it is not.
+    """
+    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
 def refuse_quantised(names: Iterable[str]) -> None:
