@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from secateur.engine.checkpoint import load as load
     from secateur.errors import SecateurError as SecateurError
+    from secateur.packing import pack as pack
+    from secateur.packing import unpack as unpack
     from secateur.recipe import Recipe as Recipe
     from secateur.recipe import Step as Step
     from secateur.recipe import TextSpec as TextSpec
@@ -27,8 +29,10 @@ __all__ = [
     "TextSpec",
     "inspect",
     "load",
+    "pack",
     "plan",
     "prune",
+    "unpack",
 ]
 
 _HOME = (
@@ -36,6 +40,7 @@ _HOME = (
     ("secateur.recipe", ("Recipe", "Step", "TextSpec")),
     ("secateur.engine.checkpoint", ("load",)),
     ("secateur.run", ("inspect", "plan", "prune")),
+    ("secateur.packing", ("pack", "unpack")),
 )
 
 

@@ -19,6 +19,7 @@ from secateur.step import SPACES, Step, read_rules
 from secateur.yamlfile import LARGEST, read_yaml, read_yaml_list, write_yaml
 
 DTYPES = ("fp32", "bf16", "fp16")
+PACKED_DTYPES = (*DTYPES, "int8")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Recipe:
         trust_remote_code, revision: for models with code of their own, and hub ids.
         out: where the result goes.
         plan: a plan file to replay; then there may be no steps.
+        pack: fp32, bf16, fp16 or int8: the result is written packed, in this dtype.
         title, expect: a name, and numbers this recipe is known to give; for people, not read by the run.
     """
 
@@ -56,6 +58,7 @@ class Recipe:
     revision: str | None = None
     out: str | None = None
     plan: str | None = None
+    pack: str | None = None
     title: str | None = None
     expect: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,6 +88,8 @@ class Recipe:
         for word in ("revision", "out", "plan", "title"):
             check_type(word, getattr(self, word), str, optional=True)
         check_type("expect", self.expect, Mapping)
+        if self.pack is not None and self.pack not in PACKED_DTYPES:
+            raise unknown("packed dtype", self.pack, PACKED_DTYPES)
         check_device(self.device, self.dtype)
         if len(self.steps) > 1 and any(step.at_most_worse is not None for step in self.steps):
             raise SecateurError("at_most_worse is for a recipe of one step", received=f"{len(self.steps)} steps")

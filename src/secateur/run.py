@@ -24,6 +24,7 @@ from secateur.engine.decode import self_text
 from secateur.engine.distribute import World, world
 from secateur.engine.host.origin import PACKAGED, Origin, read_tokenizer, resolve
 from secateur.engine.outcome import outcome_of
+from secateur.engine.packed import refuse_packed
 from secateur.engine.plan import Plan, keeps_of
 from secateur.engine.store import RECORD, Store
 from secateur.engine.text import calibration, check_disjoint, documents, pack, test_windows
@@ -36,6 +37,7 @@ from secateur.measure.compare import measure as measure_subjects
 from secateur.measure.latency import LatencyOptions
 from secateur.measure.options import MeasureOptions, Subject
 from secateur.measure.types import Comparison, Measurement
+from secateur.packing import packed_in_place
 from secateur.parts import parts_of
 from secateur.predict import predict
 from secateur.printing import measured
@@ -154,6 +156,7 @@ class _Run:
         if self.how.resume and finished(self.out, self.recipe, self.how):
             return {"out": str(self.out), "note": "this result is finished already; nothing was done"}
         self.origin = resolve(self.recipe.model, self.recipe.revision, self.recipe.trust_remote_code)
+        refuse_packed(self.origin, "a packed checkpoint cannot be pruned", "secateur unpack DIR -o OUT, then prune OUT")
         source = self.origin.path / self.origin.gguf_file if self.origin.gguf_file else self.origin.path
         check_out(self.out, source, self.how.overwrite)
         self.replay = Plan.load(self.how.plan_file) if self.how.plan_file else None
@@ -182,6 +185,9 @@ class _Run:
                 with self.clock.phase("curve"):
                     self.curves.append(curve_of(self, self.store, self.steps[0]))
             self.world.wait()
+            if self.recipe.pack and not self.how.only_plan and self.world.first:
+                with self.clock.phase("pack"):
+                    packed_in_place(ready, self.origin, self.recipe.pack)
             result = self._result(ready, tuple(records)) if self.world.first else {}
             if self.world.first:
                 publish(self._only_plan(ready) if self.how.only_plan else ready, self.out, self.how.overwrite)
@@ -263,7 +269,7 @@ class _Run:
             curves=tuple(self.curves),
             predictions=predictions(self.forecast, models, sum(self.clock.phases.values())),
             provenance=provenance(self.recipe, self.clock, self.hashes),
-            loader="secateur.load" if sizes else self._loader(ready),
+            loader="secateur.load" if sizes or self.recipe.pack else self._loader(ready),
             notes=tuple(self.notes),
         )
         page.write(ready)
