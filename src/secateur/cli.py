@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from secateur.errors import SecateurError
-from secateur.helptext import ABOUT, INSPECT, MEASURE, MODEL, PLAN, PRUNE, REPORT
+from secateur.helptext import ABOUT, INSPECT, MEASURE, MODEL, PACK, PLAN, PRUNE, REPORT, UNPACK
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
@@ -32,7 +32,7 @@ STEP_WORDS = (
     *("space", "score", "method", "keep", "sparsity", "target", "grain", "budget", "apply", "protect", "map"),
     *("include", "exclude", "at_most_worse"),
 )
-RUN_WORDS = ("model", "out", "plan", "batch_size", "seed", "dtype", "device", "threads", "revision")
+RUN_WORDS = ("model", "out", "plan", "pack", "batch_size", "seed", "dtype", "device", "threads", "revision")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG)
 
 
@@ -139,6 +139,16 @@ def _measure(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     return measured(*run.measure(request, progress=progress)), None
 
 
+def _pack(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
+    from secateur import packing
+    from secateur.engine.host.origin import resolve
+
+    origin = resolve(args.model, args.revision, args.trust_remote_code)
+    if args.unpack:
+        return packing.unpack(origin, Path(args.out), args.overwrite, progress), None
+    return packing.pack(origin, Path(args.out), args.dtype, args.overwrite, progress), None
+
+
 def _report(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
     from secateur import run
 
@@ -224,6 +234,16 @@ def _parser() -> _Parser:
     _origin(p)
     p.set_defaults(verb=_measure)
 
+    for name, text, about in (("pack", PACK, "leave zeros out of the files"), ("unpack", UNPACK, "undo pack, exactly")):
+        p = verbs.add_parser(name, help=about, description=text, **shape)
+        p.add_argument("model", metavar="MODEL", help=MODEL if name == "pack" else "a directory that pack wrote")
+        p.add_argument("-o", "--out", metavar="OUT", required=True, help="where the result goes")
+        if name == "pack":
+            p.add_argument("--dtype", default="bf16", help="bf16 (default), fp32, fp16 or int8: of what is written")
+        p.add_argument("--overwrite", action="store_true", help="replace an output that secateur wrote")
+        _origin(p)
+        p.set_defaults(verb=_pack, unpack=name == "unpack")
+
     p = verbs.add_parser("report", help="redraw report.html from report.json", description=REPORT, **shape)
     p.add_argument("out", metavar="OUT", help="a directory that prune wrote")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -268,6 +288,7 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--overwrite", action="store_true", help="replace an output that secateur wrote")
     g.add_argument("--curve", action="store_true", help="also measure perplexity from 0 to 70 %% sparsity")
     g.add_argument("--no-measure", action="store_true", help="leave out the short measurement at the end")
+    g.add_argument("--pack", metavar="DTYPE", nargs="?", const="bf16", help="write the result packed (bf16; see pack)")
     g.add_argument("--plan", metavar="FILE", help="replay a saved plan instead of choosing")
     _origin(p)
 

@@ -48,6 +48,19 @@ Measure models side by side; the first is the reference for differences.
   secateur measure smollm2 out/half --latency
   secateur measure smollm2 out/half --text wikitext2-test.txt --windows 64 --dtype bf16 --json
   secateur measure smollm2 out/half --choices piqa-dev.jsonl"""
+PACK = """\
+Write a model with its zeros left out: smaller files, and faster on CPU, where `secateur.load` and
+`secateur run` skip the zeros. Half of the weights zero, in bf16: 9/16 of the matrices' bytes.
+Other tools cannot read the result; `unpack` gives back an ordinary checkpoint.
+
+  secateur pack out/half -o out/half-packed                    bf16
+  secateur pack out/half -o out/half-packed --dtype int8       codes and a scale per row
+  secateur prune smollm2 -o out/half --space weight --score wanda --sparsity 0.5 --pack"""
+UNPACK = """\
+Write a packed model as an ordinary checkpoint, exactly: bit for bit what was packed, in the dtype it
+was packed in (int8: codes times scales, in fp32).
+
+  secateur unpack out/half-packed -o out/half-again"""
 REPORT = """\
 Redraw report.html from report.json, the truth.
 
