@@ -1,4 +1,5 @@
-"""What `inspect` tells: anatomy, sizes, what can be pruned and what cannot and why. Needs only config.json."""
+"""What `inspect` tells: anatomy, sizes, what can be pruned and what cannot and why. Needs only config.json (of a
+packed checkpoint, also the headers of its shards)."""
 
 from __future__ import annotations
 
@@ -14,18 +15,20 @@ from secateur.engine.host.origin import Origin, read_config
 from secateur.errors import SecateurError
 from secateur.measure.size import size
 from secateur.methods.sites import unit_cost
+from secateur.packing import packed_facts
 
 
 def inspection(origin: Origin, prove: bool) -> dict[str, Any]:
     """Facts about a model as plain data, in the order they are printed.
 
     Args:
-        origin: where the model is; its weights are not read.
+        origin: where the model is; its weights are not read (but those of a packed one that its format keeps dense).
         prove: also prove mask = cut = reloaded on a toy copy; adds ``proved`` and, if that failed, ``reason``.
     """
     config = read_config(origin)
     model = skeleton_model(config)
     out: dict[str, Any] = {"model": origin.given, "family": config.model_type, "class": type(model).__name__}
+    out |= packed_facts(origin)
     try:
         anatomy = anatomy_of(describe_skeleton(model))
     except SecateurError as error:
