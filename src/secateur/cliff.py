@@ -157,13 +157,19 @@ def dial_of(run: _Run, store: Store, step: Step, number: int) -> Dial:
     return Dial(store, step, number, run.conditions(), windows)
 
 
+def curve_step(step: Step) -> Step:
+    """What a step's curve turns: the step without its repair, or Wanda where its method is joint; row by row where n:m
+    fixes counts."""
+    step = replace(step, repair=None, fit_on="pruned")
+    if step.method is not None:
+        step = Step(space=step.space, score="wanda", keep="1.0", include=step.include, exclude=step.exclude)
+    return replace(step, grain="row", keep="1.0") if step.pattern is not None else step
+
+
 def curve_of(run: _Run, store: Store, step: Step) -> Curve:
     """Perplexity from 0 to 70 %. A joint method's curve is that of Wanda on the same space, row by row."""
     chosen = None if step.amount is None or step.amount.share is None else float(1 - step.amount.share)
-    if step.method is not None:
-        step = Step(space=step.space, score="wanda", keep="1.0", include=step.include, exclude=step.exclude)
-    if step.pattern is not None:
-        step = replace(step, grain="row", keep="1.0")
+    step = curve_step(step)
     dial = dial_of(run, store, step, 0)
     points = []
     for done, level in enumerate(LEVELS, 1):

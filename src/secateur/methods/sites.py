@@ -81,8 +81,8 @@ def unit_infos(
     """
     count = len(anatomy.blocks)
     if name == "layer":
-        cost = sum(p.numel() for p in blocks[0].parameters()) if count else 0
-        return [SiteInfo("model", "layer", "other", 0, count, count, float(cost), minimum=1)]
+        cost = sum(p.numel() for b in blocks for p in b.parameters()) / max(count, 1)  # the mean, should they differ
+        return [SiteInfo("model", "layer", "other", 0, count, count, cost, minimum=1)]
     out = []
     for block, module in zip(anatomy.blocks, blocks, strict=True):
         space = block.spaces.get(name)
