@@ -1,4 +1,4 @@
-"""From a step's words to its parts: score, grain, budget, method."""
+"""From a step's words to its parts: score, grain, budget, method, repair."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from secateur.engine.probes import Probe
+from secateur.engine.probes import Probe, paired
 from secateur.errors import SecateurError, unknown
-from secateur.methods.base import Budget, Method, Score, UnitScore
+from secateur.methods.base import Budget, MatrixRepair, Method, PartRepair, Repair, Score, UnitScore
 from secateur.methods.budgets import BUDGETS
 from secateur.methods.budgets.component_map import ComponentMap, Rule
 from secateur.methods.budgets.protected import Protected
@@ -17,6 +17,7 @@ from secateur.methods.composed import Composed
 from secateur.methods.grains import Grain, parse_grain
 from secateur.methods.joint import METHODS
 from secateur.methods.legal import check_legal
+from secateur.methods.repairs import REPAIRS
 from secateur.methods.scores import SCORES
 from secateur.step import Step
 from secateur.words import Choice
@@ -30,6 +31,8 @@ class Parts:
         method: chooses; `Composed` for a score.
         score: the step's score, or None for a joint method.
         ranking: the score a budget surveys by.
+        repair: what mends the survivors, or None.
+        fit_on: whose inputs (and outputs) layers are fitted on; see `methods.fitting`.
     """
 
     method: Method
@@ -37,11 +40,36 @@ class Parts:
     grain: Grain
     budget: Budget
     ranking: Score | UnitScore
+    repair: Repair | None = None
+    fit_on: str = "pruned"
+
+    @property
+    def joint(self) -> bool:
+        """Whether the method changes weights while it chooses."""
+        return not isinstance(self.method, Composed)
 
     @property
     def needs(self) -> tuple[type[Probe], ...]:
-        """Probes the method itself reads."""
-        return self.method.needs
+        """Probes that method and repair read."""
+        return self.needs_of(choosing=True, fitting=True)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the repair reads activations themselves."""
+        return isinstance(self.repair, PartRepair)
+
+    @property
+    def reads(self) -> bool:
+        """Whether carrying the step out reads calibration text."""
+        return bool(self.needs or self.survey_needs) or self.streams
+
+    def needs_of(self, choosing: bool, fitting: bool) -> tuple[type[Probe], ...]:
+        """Probes for choosing what stays, for fitting weights (a joint method's and the repair's), or for both."""
+        method = self.method.needs if choosing or (fitting and self.joint) else ()
+        mended = self.repair.needs if fitting and self.repair is not None else ()
+        if self.fit_on == "mix":
+            method, mended = paired(method) if self.joint else method, paired(mended)
+        return tuple(dict.fromkeys([*method, *mended]))
 
     @property
     def survey_needs(self) -> tuple[type[Probe], ...]:
@@ -56,17 +84,30 @@ def parts_of(step: Step) -> Parts:
         SecateurError: an unknown name or option, or a score that is not legal for the space.
     """
     grain = parse_grain(step.grain or "unit")
-    budget = budget_of(step)
+    budget, repair = budget_of(step), repair_of(step)
     if step.method is not None:
         choice = step.choice("method")
         assert choice is not None
         method = make(choice, METHODS, Method, "method", {"grain": grain})
-        return Parts(method, None, grain, budget, _ranking(budget, None))
+        return Parts(method, None, grain, budget, _ranking(budget, None), repair, step.fit_on)
     choice = step.choice("score")
     assert choice is not None
     score = make(choice, SCORES, (Score, UnitScore), "score")
     check_legal(score, step.space)
-    return Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score))
+    parts = Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score), repair, step.fit_on)
+    if step.fit_on != "pruned" and (step.space == "layer" or not parts.reads):
+        raise SecateurError(
+            "nothing in this step is fitted on calibration text as it passes",
+            received=f"fit_on {step.fit_on}",
+            works="leave fit_on out, or add a repair (--repair least_squares)",
+        )
+    if step.fit_on == "mix" and repair is None:
+        raise SecateurError(
+            "a mix is something to fit weights to, and nothing in this step changes the weights that stay",
+            received="fit_on mix",
+            works="--repair least_squares, a joint method, or fit_on dense or pruned",
+        )
+    return parts
 
 
 def budget_of(step: Step) -> Budget:
@@ -79,6 +120,27 @@ def budget_of(step: Step) -> Budget:
         budget = make(choice, BUDGETS, Budget, "budget")
     first, last = step.ends
     return Protected(budget, first, last) if first or last else budget
+
+
+def repair_of(step: Step) -> Repair | None:
+    """The repair a step names.
+
+    Raises:
+        SecateurError: an unknown name or option, or a space in which it has no meaning.
+    """
+    choice = step.choice("repair")
+    if choice is None:
+        return None
+    repair = make(choice, REPAIRS, (MatrixRepair, PartRepair), "repair")
+    assert isinstance(repair, Repair)
+    if step.space not in repair.spaces:
+        others = [name for name, cls in REPAIRS.items() if step.space in cls.spaces]
+        raise SecateurError(
+            f"{choice.name} cannot mend what is left of {step.space} units",
+            received=f"repair {choice.name} in space {step.space}",
+            works=f"--repair {', '.join(others)}" if others else f"no repair, or space {', '.join(repair.spaces)}",
+        )
+    return repair
 
 
 def _ranking(budget: Budget, score: Score | UnitScore | None) -> Score | UnitScore:

@@ -40,6 +40,7 @@ from secateur.measure.types import Comparison, Measurement
 from secateur.packing import packed_in_place
 from secateur.parts import parts_of
 from secateur.predict import predict
+from secateur.prepared import fits_said, prepared
 from secateur.printing import measured
 from secateur.progress import Progress, Silent
 from secateur.recipe import How, MeasureRequest, Recipe
@@ -201,6 +202,8 @@ class _Run:
         marker, ready = work / "finished.json", work / "ready"
         if marker.is_file() and ready.is_dir():
             return build(StepRecord, json.loads(marker.read_text()), "step"), ready
+        mends = self._text_wanted
+        store = prepared(store, step) if mends else store
         begin = self.clock.phases.get(f"step {number + 1}", 0.0)
         with self.clock.phase(f"step {number + 1}"):
             writer = StepWriter(work, store) if self.world.first else None
@@ -215,12 +218,15 @@ class _Run:
                 stage = Stage(store, step, number, self.conditions())
             sink = BlockSink(writer, number, step.apply or "mask", self.world)
             replay = self.replay.step(number) if self.replay is not None else None
-            if replay is not None and step.method is not None and not self._text_wanted:
+            changes = [word for word in (step.method, step.repair) if word is not None]
+            if replay is not None and changes and not mends:
                 self.notes.append(
-                    f"step {number + 1}: the plan was applied as a plain mask; {step.method}'s weight updates are "
-                    "recomputed only when calibration text is named (--text)"
+                    f"step {number + 1}: the plan was applied as a plain {step.apply}; {' and '.join(changes)}'s "
+                    "weight updates are recomputed only when calibration text is named (--text)"
                 )
-            outcome = stage.run(sink, replay, self._text_wanted)
+            outcome = stage.run(sink, replay, mends)
+            if outcome.fits:
+                self.notes.append(f"step {number + 1}: {fits_said(outcome.fits)}")
             self.world.wait()
             if self.world.first:
                 writer.write_rest(stage.model)

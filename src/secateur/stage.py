@@ -27,9 +27,11 @@ from secateur.engine.silence import Silence
 from secateur.engine.store import Store
 from secateur.engine.walk import Visit, WalkSettings, walk
 from secateur.errors import SecateurError
-from secateur.methods.base import Amount, Keep, MatrixSite, SiteInfo, UnitScore
+from secateur.methods.base import Amount, Keep, MatrixRepair, MatrixSite, PartRepair, SiteInfo, UnitScore
 from secateur.methods.composed import Composed
+from secateur.methods.fitting import fitted
 from secateur.methods.grains import Unit
+from secateur.methods.mending import Fitted, Fitter, entries_left, mend_readers, mend_weights
 from secateur.methods.sites import (
     WHOLE,
     block_matrices,
@@ -96,12 +98,14 @@ class Outcome:
         infos: what the budget knew of them; by name.
         anatomy: of the model before the step.
         dropped: indices of layers that were cut out.
+        fits: what fits of sub-layers came to, where the repair is one (blocks done in this run).
     """
 
     plan: Plan
     infos: dict[str, SiteInfo]
     anatomy: Anatomy
     dropped: tuple[int, ...] = ()
+    fits: tuple[Fitted, ...] = ()
 
 
 class Stage:
@@ -124,6 +128,14 @@ class Stage:
                 received=f"include {list(step.include)}, exclude {list(step.exclude)}",
                 works=f"patterns such as '{self.anatomy.blocks[0].name}*'",
             )
+        if self.parts.streams and conditions.world.size > 1:
+            raise SecateurError(
+                "a fit of sub-layers takes its steps one after the other, and cannot be shared by processes",
+                received=f"repair {step.repair}, {conditions.world.size} processes",
+                works="one process, or --repair least_squares",
+            )
+        self.reweigh = True
+        self.fits: list[Fitted] = []
         self.gradient: dict[str, Probe] = {}
         self.silenced: list[Silence] = []
 
@@ -132,7 +144,7 @@ class Stage:
 
         Args:
             replay: booleans decided elsewhere, applied as they are.
-            reweigh: with a replay, recompute the weight updates of a joint method (this reads text).
+            reweigh: with a replay, recompute the weight updates of a joint method and of a repair (this reads text).
         """
         self.reweigh = reweigh
         self.store.load_rest(self.model, "cpu")
@@ -149,8 +161,9 @@ class Stage:
         gone = ~layers if layers is not None and self.step.apply == "cut" else torch.zeros(len(self.blocks)).bool()
         plan = Plan()
         skip = {i for i in range(len(self.blocks)) if sink.finished(i)}
-        needs = () if len(skip) == len(self.blocks) else self._walk_needs(replay)
-        for visit in self.visits(needs, phase=f"step {self.number + 1}", skip=skip):
+        fits = len(skip) < len(self.blocks) and self.step.space != "layer" and (replay is None or reweigh)
+        needs = self._walk_needs(replay is None, fits) if len(skip) < len(self.blocks) else ()
+        for visit in self.visits(needs, phase=f"step {self.number + 1}", skip=skip, fits=fits):
             index = visit.block.index
             if index in skip:
                 done = sink.restore(self.model, index)
@@ -163,7 +176,7 @@ class Stage:
         if layers is not None and replay is not None:
             plan = Plan.merged([plan, replay.step(self.number)])
         dropped = tuple(int(i) for i in gone.nonzero().reshape(-1))
-        return Outcome(plan, {i.name: i for i in self.infos}, self.anatomy, dropped)
+        return Outcome(plan, {i.name: i for i in self.infos}, self.anatomy, dropped, tuple(self.fits))
 
     def counts(self, amount: Amount | None = None) -> dict[str, int]:
         """Grain units kept per site, as the budget allots them (of the step's own amount unless one is given)."""
@@ -232,12 +245,10 @@ class Stage:
         scores = dict(self.survey())
         return torch.cat([scores[b.name].reshape(-1).double() for b in self.anatomy.blocks])
 
-    def _walk_needs(self, replay: Plan | None) -> tuple[type[Probe], ...]:
+    def _walk_needs(self, choosing: bool, fits: bool) -> tuple[type[Probe], ...]:
         if self.step.space == "layer":
             return ()
-        if replay is not None and (isinstance(self.parts.method, Composed) or not self.reweigh):
-            return ()
-        return tuple(p for p in self.parts.needs if p is not Gradient)
+        return tuple(p for p in self.parts.needs_of(choosing, fits) if p is not Gradient)
 
     def visits(
         self,
@@ -246,18 +257,27 @@ class Stage:
         dense: bool = False,
         gradient: Mapping[str, Probe] | None = None,
         skip: set[int] | None = None,
+        fits: bool = False,
     ) -> Iterator[Visit]:
-        """Visit the blocks with these statistics (and gradients) as evidence; see `walk`."""
+        """Visit the blocks with these statistics (and gradients) as evidence; see `walk`.
+
+        Args:
+            dense: survey the dense model, whatever the step is fitted on.
+            fits: weights will be fitted, so the walk carries what `Parts.fit_on` and the repair ask for.
+        """
         gradient, skip = self.gradient if gradient is None else gradient, skip or set()
-        batches = self.at.batches() if needs else []
-        if needs and len(batches) < self.at.world.size:
+        inputs, beside = fits and self.parts.streams, fits and self.parts.fit_on == "mix"
+        dense = dense or self.parts.fit_on == "dense"
+        reads = bool(needs) or inputs
+        batches = self.at.batches() if reads else []
+        if reads and len(batches) < self.at.world.size:
             raise SecateurError(
                 f"{len(batches)} batches of text cannot be split over {self.at.world.size} processes",
                 works="more --samples, or a smaller --batch-size",
             )
         mine = len(self.at.world.mine(batches)) if batches else 1
         n = len(self.anatomy.blocks)
-        total = n * mine if dense or not needs else (2 * n - 1 - len(skip)) * mine
+        total = n * mine if dense or not reads else (2 * n - 1 - (0 if beside else len(skip))) * mine
         done = 0
 
         def tick(n: int) -> None:
@@ -268,6 +288,8 @@ class Stage:
         how = WalkSettings(
             needs=needs,
             dense=dense,
+            beside=beside,
+            inputs=inputs,
             device=self.at.device,
             dtype=self.at.dtype,
             spill=self.at.spill,
@@ -281,7 +303,7 @@ class Stage:
                     own = dict(visit.evidence.get(name, Evidence(name)).items())
                     visit.evidence[name] = Evidence(name, {**own, Gradient: gradient[name]})
             yield visit
-            if not needs:
+            if not reads:
                 tick(1)
 
     def _gradient_names(self, visit: Visit) -> list[str]:
@@ -300,36 +322,55 @@ class Stage:
                 value.data = value.data.to(dtype).to(value.dtype)
 
     def prune_block(self, visit: Visit, counts: Mapping[str, int], replay: Plan | None) -> Plan:
-        """Decide about one block and apply; returns the block's part of the plan."""
-        if self.step.space == "weight":
-            return self._prune_weights(visit, counts, replay)
+        """Decide about one block, apply, mend; returns the block's part of the plan."""
         if self.step.space == "layer":
             assert replay is not None
             keep = replay[f"{self.number}/layer/model"][visit.block.index]
             if self.step.apply == "mask":
                 mask_block(visit.module, visit.block, {"layer": keep})
             return Plan()
+        repair, fitter = self.parts.repair if self.reweigh else None, None
+        if isinstance(repair, PartRepair) and visit.stream is not None:
+            fitter = Fitter(repair, visit, self.parts.fit_on == "dense", self.at.seed)
+        prune = self._prune_weights if self.step.space == "weight" else self._prune_units
+        plan, left = prune(visit, counts, replay)
+        if fitter is not None:
+            self.fits += fitter.fit(left)
+        return plan
+
+    def _prune_units(
+        self, visit: Visit, counts: Mapping[str, int], replay: Plan | None
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """The block's part of the plan, and per pruned matrix which of its entries are left."""
         space = visit.block.spaces.get(self.step.space)
         key = f"{self.number}/{self.step.space}/{visit.block.name}"
         if space is None or (replay is None and visit.block.name not in counts) or (replay and key not in replay):
-            return Plan()
+            return Plan(), {}
         if replay is not None:
             mask = replay[key]
         else:
             assert isinstance(self.parts.method, Composed)
             site = unit_site(visit, space, len(self.anatomy.blocks), self.at.seed)
             mask = self.parts.method.prune_units(site, counts[visit.block.name]).mask.cpu()
+        if self.reweigh and isinstance(self.parts.repair, MatrixRepair):
+            mend_readers(self.parts.repair, visit, space, mask, self.at.seed)
         change = cut_block if self.step.apply == "cut" else mask_block
         self.silenced += change(visit.module, visit.block, {self.step.space: mask}) or []
-        return Plan({key: mask})
+        left = entries_left(visit.block, visit.module, space, mask, cut=self.step.apply == "cut")
+        return Plan({key: mask}), left
 
-    def _prune_weights(self, visit: Visit, counts: Mapping[str, int], replay: Plan | None) -> Plan:
+    def _prune_weights(
+        self, visit: Visit, counts: Mapping[str, int], replay: Plan | None
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """The block's part of the plan, and per pruned matrix which of its entries are left."""
         matrices = block_matrices(visit.block, self.step.include, self.step.exclude)
         if replay is not None:
             matrices = [m for m in matrices if self._key(visit, m) in replay]
         sites = {m: list(matrix_sites(visit, [m], len(self.anatomy.blocks), self.at.seed)) for m in matrices}
         kept = self._replayed(visit, sites, replay) if replay is not None else self._decided(visit, sites, counts)
-        plan = Plan()
+        if self.reweigh and isinstance(self.parts.repair, MatrixRepair):
+            kept = mend_weights(self.parts.repair, visit, sites, kept)
+        plan, left = Plan(), {}
         for m in matrices:
             decisions = [kept[s.name] for s in sites[m]]
             if any(d.weight is not None for d in decisions):
@@ -338,7 +379,9 @@ class Stage:
             mask = stored(m, [d.mask for d in decisions])
             mask_block(visit.module, visit.block, {"weight": {m.tensor: mask}})
             plan[self._key(visit, m)] = mask.cpu()
-        return plan
+            if not bool(mask.all()):
+                left[m.tensor] = mask
+        return plan, left
 
     def _decided(
         self, visit: Visit, sites: Mapping[Matrix, list[MatrixSite]], counts: Mapping[str, int]
@@ -352,17 +395,28 @@ class Stage:
                 else:
                     open_sites.append(s)
         evidence = [visit.evidence.get(s.name, Evidence(s.name)) for s in open_sites]
-        kept = self.parts.method.prune_many(open_sites, evidence, [counts[s.name] for s in open_sites])
-        return out | {s.name: k for s, k in zip(open_sites, kept, strict=True)}
+        aims = self._aims(open_sites, evidence)
+        kept = self.parts.method.prune_many(aims, evidence, [counts[s.name] for s in open_sites])
+        for s, a, k in zip(open_sites, aims, kept, strict=True):
+            out[s.name] = Keep(k.mask, a.weight) if k.weight is None and a is not s else k
+        return out
+
+    def _aims(self, sites: list[MatrixSite], evidence: list[Evidence]) -> list[MatrixSite]:
+        """The sites as a joint method sees them: with the weights to aim at where both streams were walked."""
+        return fitted(sites, evidence) if self.parts.joint else sites
 
     def _replayed(self, visit: Visit, sites: Mapping[Matrix, list[MatrixSite]], replay: Plan) -> dict[str, Keep]:
-        out = {}
+        out, open_sites = {}, []
         for m, parts in sites.items():
             mask = replay[self._key(visit, m)].to(parts[0].weight.device)
             for e, s in enumerate(parts):
-                evidence = visit.evidence.get(s.name, Evidence(s.name))
-                own = m.view(mask, e)
-                out[s.name] = Keep(own, self.parts.method.reweigh(s, evidence, own) if self.reweigh else None)
+                out[s.name] = Keep(m.view(mask, e))
+                if self.reweigh and self.parts.joint and not bool(out[s.name].mask.all()):
+                    open_sites.append(s)
+        evidence = [visit.evidence.get(s.name, Evidence(s.name)) for s in open_sites]
+        for s, a, seen in zip(open_sites, self._aims(open_sites, evidence), evidence, strict=True):
+            new = self.parts.method.reweigh(a, seen, out[s.name].mask)
+            out[s.name].weight = a.weight if new is None and a is not s else new
         return out
 
     def _key(self, visit: Visit, m: Matrix) -> str:
@@ -437,4 +491,4 @@ def check_space(anatomy: Anatomy, space: str) -> None:
 
 def needs_text(parts: Parts, step: Step) -> bool:
     """Whether carrying a step out reads calibration text."""
-    return bool(parts.needs or parts.survey_needs) or step.at_most_worse is not None
+    return parts.reads or step.at_most_worse is not None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount
+from secateur.methods.fitting import FITS
 from secateur.methods.grains import parse_grain
 from secateur.words import (
     Choice,
@@ -67,6 +68,8 @@ class Step:
     at_most_worse: str | float | None = None
     grain: str | None = None
     budget: str = "uniform"
+    repair: str | None = None
+    fit_on: Literal["dense", "pruned", "mix"] = "pruned"
     apply: Literal["mask", "cut"] | None = None
     protect: str | None = None
     map: tuple[MapRule, ...] = ()
@@ -89,9 +92,11 @@ class Step:
                 "neither score nor method is given",
                 works="score: magnitude needs no text; method: sparsegpt works on weights",
             )
-        for word in ("score", "method", "budget"):
+        for word in ("score", "method", "budget", "repair"):
             if getattr(self, word) is not None:
                 put(word, str(read_choice(getattr(self, word), word)))
+        if self.fit_on not in FITS:
+            raise unknown("stream to fit on", self.fit_on, FITS)
         self._settle_grain(put)
         self._settle_amount(put)
         if self.protect is not None:
@@ -201,7 +206,7 @@ class Step:
         """Layers left whole at the start and at the end."""
         return read_protect(self.protect) if self.protect is not None else (0, 0)
 
-    def choice(self, word: Literal["score", "method", "budget"]) -> Choice | None:
+    def choice(self, word: Literal["score", "method", "budget", "repair"]) -> Choice | None:
         """A named part with its options."""
         value = getattr(self, word)
         return read_choice(value, word) if value is not None else None

@@ -299,7 +299,7 @@ def test_saved_recipe_says_every_default() -> None:
     said = read_yaml(Recipe.from_yaml(EXAMPLE).to_yaml(), "it")
     assert said["steps"][1] == {
         "space": "weight", "method": "sparsegpt", "keep": 0.5, "grain": "columns:128", "budget": "uniform",
-        "apply": "mask",
+        "fit_on": "pruned", "apply": "mask",
     }  # fmt: skip
     assert said["dtype"] == "fp32" and said["device"] == "auto" and said["seed"] == 0
 

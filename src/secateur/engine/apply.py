@@ -49,7 +49,7 @@ def mask_block(module: nn.Module, block: Block, keeps: Keeps) -> list[Silence]:
                 for port in space.ports:
                     if port.role != "norm" and port.tensor not in chosen_by:
                         tensor_ = get_tensor(module, port.tensor)
-                        _zero(tensor_, _spread(entries_kept(port, space, keep, tensor_.shape), port, tensor_.dim()))
+                        _zero(tensor_, port_mask(port, space, keep, tensor_.shape))
     return handles
 
 
@@ -152,6 +152,11 @@ def entries_kept(port: Port, space: Space, keep: Tensor, shape: torch.Size) -> T
         row = out[number] if stacked else out
         row[port.entries(dropped, number)] = False
     return out
+
+
+def port_mask(port: Port, space: Space, keep: Tensor, shape: torch.Size) -> Tensor:
+    """Which entries of a port's tensor stay, as booleans that broadcast to its shape."""
+    return _spread(entries_kept(port, space, keep, shape), port, len(shape))
 
 
 def _spread(kept: Tensor, port: Port, dims: int) -> Tensor:

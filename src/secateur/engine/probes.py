@@ -73,6 +73,9 @@ class Evidence(Mapping[type[Probe], Probe]):
             )
         return self._probes[probe]  # type: ignore[return-value]
 
+    def __contains__(self, probe: object) -> bool:
+        return probe in self._probes
+
     def __iter__(self) -> Iterator[type[Probe]]:
         return iter(self._probes)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from secateur.engine.headers import Entry, read_headers, read_json, refuse_quantised
 from secateur.engine.host import convert
 from secateur.engine.host.build import describe_skeleton, skeleton_model
+from secateur.engine.host.carry import merged_config
 from secateur.engine.host.origin import Origin, built, candidates, load_gguf, plain_config, raw_config, read_config
 from secateur.engine.packed_files import is_packed, read_packed
 from secateur.engine.ragged import cut_to_sizes, read_sizes
@@ -40,6 +41,7 @@ class Store:
         left_out: tensors on disk that this architecture does not use.
         packed: whether it is a packed checkpoint; tensors are unpacked as they are loaded.
         dtype: what float tensors are loaded as; None: as stored.
+        added: parameters that no file holds and that begin as zeros, with the dtype they will be written in.
     """
 
     def __init__(self, model: nn.Module, origin: Origin | None, dtype: torch.dtype | None) -> None:
@@ -56,6 +58,7 @@ class Store:
         self._entries: dict[str, Entry] = {}
         self._groups: dict[int | None, list[convert.Group]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self.added: dict[str, torch.dtype] = {}
         self._absent: set[str] = set()
         self._added_prefix = False
         self._memory: dict[str, Tensor] | None = None
@@ -143,6 +146,21 @@ class Store:
             store._dtypes.update(dict.fromkeys(group.shapes, entries[group.sources[0][0]].dtype))
         return store
 
+    def widened(self, model: nn.Module, fields: Mapping[str, Any]) -> Store:
+        """The same weights for a skeleton that has more parameters, and the config fields that say so; the new
+        parameters begin as zeros and are written in the dtype of the weight beside them."""
+        other = copy.copy(self)
+        memory = model.state_dict()
+        new = sorted(memory.keys() - self._model.state_dict().keys())
+        other.added = {n: self.dtype_of(f"{n.rpartition('.')[0]}.weight") for n in new} | self.added
+        if self._memory is not None:
+            other._memory = self._memory | {n: torch.zeros(memory[n].shape, dtype=other.added[n]) for n in new}
+            for name, value in self._model.named_buffers():  # a model in memory knows its buffers' values
+                convert.set_tensor(model, name, value)
+        other._model, other.config = model, model.config
+        other.raw = merged_config(self.raw, self.config, fields, {})
+        return other
+
     def skeleton(self) -> nn.Module:
         """A fresh model on the meta device, at the checkpoint's own sizes."""
         memo: dict[int, Any] = {}
@@ -196,7 +214,8 @@ class Store:
         """Names in memory of a block's stored tensors (None: of everything outside the blocks)."""
         if self._memory is not None:
             return [name for name in self._memory if self.block_of(name) == index]
-        return [name for group in self._groups.get(index, []) for name in group.shapes]
+        stored = [name for group in self._groups.get(index, []) for name in group.shapes]
+        return stored + [name for name in self.added if self.block_of(name) == index]
 
     def block_of(self, name: str) -> int | None:
         """The block a name in memory belongs to, or None."""
@@ -209,7 +228,7 @@ class Store:
         """The dtype a tensor (by name in memory) came in. What a GGUF file held comes out as fp32."""
         if self._memory is not None:
             return self._memory[name].dtype
-        return self._dtypes[name]
+        return self._dtypes[name] if name in self._dtypes else self.added[name]
 
     def entry(self, name: str) -> Entry | None:
         """Where a tensor (by name in memory) is on disk; None if it is made of something else there, or in memory."""
@@ -279,6 +298,9 @@ class Store:
             return
         groups = [group for group in self._groups.get(index, []) if group.first not in without]
         self._fill(model, groups, self._entries, device)
+        for name in (n for n in self.added if self.block_of(n) == index and n not in without):
+            shape, dtype = self._model.get_parameter(name).shape, self._target(name, self.added[name])
+            convert.set_tensor(model, name, torch.zeros(shape, dtype=dtype, device=device))
 
     def _fill(
         self, model: nn.Module, groups: Sequence[convert.Group], entries: Mapping[str, Entry], device: torch.device

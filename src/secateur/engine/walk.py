@@ -82,8 +82,12 @@ class Stream(Protocol):
         """The dense model's in the same place; the same tensor where only one stream is walked."""
         ...
 
-    def run(self, module: nn.Module, hidden: Tensor, batch: int) -> Tensor:
-        """The block's output, called as the host calls it with this batch's masks and positions."""
+    def call(self, batch: int) -> Call:
+        """How the host calls the block: this batch's masks and positions."""
+        ...
+
+    def run(self, module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+        """What a module (the block, or a part of it) makes of hidden states, at the walk's precision."""
         ...
 
 
@@ -331,6 +335,9 @@ class _BlockStream:
     def dense(self, batch: int) -> Tensor:
         return self.feed.beside[batch].to(self.feed.how.device)
 
-    def run(self, module: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+    def call(self, batch: int) -> Call:
+        return self.feed.call(batch, self.index)
+
+    def run(self, module: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         with products_in(self.feed.how.dtype, self.feed.how.device):
-            return hidden_of(run_block(module, hidden, self.feed.call(batch, self.index)))
+            return hidden_of(run_block(module, hidden, call))

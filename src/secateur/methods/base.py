@@ -1,9 +1,9 @@
-"""Method, Score, UnitScore, Budget: the base classes of everything that decides what stays."""
+"""Method, Score, UnitScore, Repair, Budget: the base classes of everything that decides what stays, and mends it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, ClassVar
@@ -152,6 +152,86 @@ class Method(ABC):
         """The survivors' values [out, in] for a mask that was decided elsewhere (a plan that is replayed);
         None from methods that leave weights as they are."""
         return None
+
+
+@dataclass
+class Mended:
+    """A repair's answer for one matrix; None leaves as it is.
+
+    Attributes:
+        weight: the survivors' values [out, in], zero where they are not kept.
+        bias: what is added to the bias [out].
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Repair(ABC):  # noqa: B024 - what it is handed depends on which of the two it is
+    """Mends what stays, after any choice of what that is. Sites that keep everything are never handed to it.
+
+    A repair is a `MatrixRepair` (one matrix at a time, from sums) or a `PartRepair` (a sub-layer at a time, from the
+    activations themselves).
+
+    Attributes:
+        needs: probes whose statistics it reads.
+        biases: it writes biases, so the matrices must have some.
+        spaces: where it has a meaning.
+    """
+
+    needs: ClassVar[tuple[type[Probe], ...]] = ()
+    biases: ClassVar[bool] = False
+    spaces: ClassVar[tuple[str, ...]] = ("weight", "ffn", "kv_group", "head")
+
+
+class MatrixRepair(Repair):
+    """Mends matrices one by one: those that were pruned, or the ones that read a space of units."""
+
+    @abstractmethod
+    def mend(self, site: MatrixSite, evidence: Evidence, keep: Keep) -> Mended:
+        """The repair of one matrix.
+
+        Args:
+            site: the matrix before anything was pruned.
+            evidence: what ``needs`` gathered at it, with the paired statistics where both streams were walked.
+            keep: what stays [out, in], and the survivors' values where a joint method changed them already.
+        """
+
+    def mend_many(
+        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], keeps: Sequence[Keep]
+    ) -> list[Mended]:
+        """`mend` for several matrices of a block; a repair may share work between those that read the same input."""
+        return [self.mend(s, e, k) for s, e, k in zip(sites, evidence, keeps, strict=True)]
+
+
+@dataclass
+class Part:
+    """A sub-layer that was pruned, as a repair by its activations sees it.
+
+    Attributes:
+        name: the block's name and the sub-layer's (``model.layers.3.self_attn``).
+        weights: the tensors that may change, in place and only where the booleans say that something stays.
+        keeps: per tensor, booleans of its shape.
+        examples: how many inputs there are; ``output(i)`` runs the sub-layer on one of them as it is now (with
+            gradients if they are on) and ``target(i)`` is what it should answer, both [batch, length, hidden].
+        generator: seeded from the recipe's seed and the name.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    keeps: Mapping[str, Tensor]
+    examples: int
+    output: Callable[[int], Tensor]
+    target: Callable[[int], Tensor]
+    generator: torch.Generator
+
+
+class PartRepair(Repair):
+    """Mends a sub-layer at a time so that it answers as the dense one did."""
+
+    @abstractmethod
+    def fit(self, part: Part) -> tuple[float, float]:
+        """Change the part's weights in place; returns the mean squared error before and after."""
 
 
 @dataclass(frozen=True)
