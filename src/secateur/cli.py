@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STEP_WORDS = (
     *("space", "score", "method", "keep", "sparsity", "target", "grain", "budget", "apply", "protect", "map"),
-    *("include", "exclude", "at_most_worse"),
+    *("include", "exclude", "at_most_worse", "repair", "fit_on"),
 )
 RUN_WORDS = ("model", "out", "plan", "pack", "batch_size", "seed", "dtype", "device", "threads", "revision")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG)
@@ -259,6 +259,8 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--space", help="weight, ffn, kv_group, head, layer or expert")
     g.add_argument("--score", metavar="NAME", help="magnitude, wanda, ria, taylor, ... (docs/methods.md lists all)")
     g.add_argument("--method", metavar="NAME", help="sparsegpt: choose and repair in one sweep")
+    g.add_argument("--repair", metavar="NAME", help="least_squares, mean_bias or local_reconstruction: mend what stays")
+    g.add_argument("--fit-on", metavar="S", help="dense, pruned or mix: whose inputs (and outputs) layers are fitted on")
     g.add_argument("--grain", help="row, matrix, columns:128, 2:4, tile:16x16 or unit: who competes with whom")
     g.add_argument("--include", metavar="PATTERN", action="append", help="only tensors whose name matches (repeatable)")
     g.add_argument("--exclude", metavar="PATTERN", action="append", help="not tensors whose name matches (repeatable)")
