@@ -7,7 +7,7 @@ reached; later batches may stop inside the block as soon as the last of them has
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -168,7 +168,8 @@ class Ear:
                     self.leader[name] = leader
             if name in self.leader:
                 self._follow(self.leader[name], matrices)
-            self._update(matrices, x, self.beside.get(name), shared=name in self.leader)
+            with _in_full(x):
+                self._update(matrices, x, self.beside.get(name), shared=name in self.leader)
             if self.stop and name == self.stop_at:
                 raise Enough
 
@@ -212,15 +213,16 @@ class Ear:
             m = by_name[name]
             evidence = self.evidence[site_name(self.block, m.tensor, expert)]
             x, gate = x.detach(), gate.detach()
-            for p in self.input:
-                evidence[p].update(x, gate)
-            for p in self.positions:
-                evidence[p].update((x * gate.unsqueeze(-1)).unsqueeze(1))
-            for p in self.paired:
-                assert dense is not None, "paired statistics need both streams"
-                evidence[p].update(x, gate, dense.detach())
-            for p in self.weighted:
-                evidence[p].update(x, gate, m.view(self.module.get_parameter(m.tensor), expert))
+            with _in_full(x):
+                for p in self.input:
+                    evidence[p].update(x, gate)
+                for p in self.positions:
+                    evidence[p].update((x * gate.unsqueeze(-1)).unsqueeze(1))
+                for p in self.paired:
+                    assert dense is not None, "paired statistics need both streams"
+                    evidence[p].update(x, gate, dense.detach())
+                for p in self.weighted:
+                    evidence[p].update(x, gate, m.view(self.module.get_parameter(m.tensor), expert))
 
         return heard
 
@@ -238,6 +240,11 @@ class Ear:
                 evidence = self.evidence[site_name(self.block, m.tensor, e if m.experts else None)]
                 for p in self.local:
                     evidence[p].update(m.view(grad, e), m.view(weight.detach(), e))
+
+
+def _in_full(x: Tensor) -> AbstractContextManager[Any]:
+    """Statistics are summed in fp32 or better, whatever the passes' products are made in."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

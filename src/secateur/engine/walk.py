@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from secateur.anatomy.types import Anatomy, Block
 from secateur.engine.distribute import World
 from secateur.engine.ear import Ear, Enough
+from secateur.engine.heap import give_back
 from secateur.engine.host.capture import Call, capture, hidden_of, move_call, run_block
 from secateur.engine.probes import Evidence, LocalGradient, Probe
 from secateur.errors import SecateurError
@@ -195,6 +196,7 @@ def walk(
             if feed is not None and not last:
                 feed.advance(module, i)
             source.release_block(model, i)
+            give_back()
     finally:
         if feed is not None:
             feed.clear()

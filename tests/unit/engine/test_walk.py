@@ -268,6 +268,25 @@ def test_spilled_activations_are_the_same_bits(tmp_path: Path, dtype: torch.dtyp
     assert list((tmp_path / "s").iterdir()) == []
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_statistics_of_bf16_passes_are_summed_in_full(family: str) -> None:
+    """A product of statistics made in bf16 would be wrong by some 1e-3; the inputs themselves may be bf16."""
+    model, batches = make(family), batches_of(tokens(), 2)
+    with hooked(model) as (inputs, _):
+        evidence, _ = gather(model, batches, needs=(Gram,), dense=True, dtype=torch.bfloat16)
+    for block in anatomy(model).blocks:
+        for m in block.matrices:
+            if not m.experts:
+                x = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs[f"{block.name}.{m.module}"]]).double()
+                found = evidence[site_name(block, m.tensor)][Gram].gram.double()
+                torch.testing.assert_close(found, x.T @ x, rtol=1e-5, atol=1e-5 * float((x.T @ x).diagonal().mean()))
+    grams = [probes[Gram].gram for name, probes in evidence.items() if "experts" in name]
+    assert (len(grams) > 0) == (family == "mixtral")
+    for gram in grams:  # of rank at most the number of tokens, and never negative: rounding to bf16 breaks that
+        values = torch.linalg.eigvalsh(gram.double())
+        assert float(values[0]) > -1e-6 * float(values[-1])
+
+
 def test_bf16_passes_leave_fp32_weights_alone() -> None:
     model, batches = make("llama"), [tokens()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
