@@ -3,12 +3,15 @@ packed checkpoint, also the headers of its shards)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from secateur.anatomy import anatomy_of
-from secateur.anatomy.types import Anatomy
+from secateur.anatomy.types import Anatomy, Block
+from secateur.engine.apply import updated_config
 from secateur.engine.check import check
 from secateur.engine.host.build import describe_skeleton, skeleton_model
 from secateur.engine.host.origin import Origin, read_config
@@ -36,7 +39,7 @@ def inspection(origin: Origin, prove: bool) -> dict[str, Any]:
         return out | ({"proved": {}} if prove else {})
     out |= {"anatomy": anatomy.origin, **_sizes(model), "layers": len(anatomy.blocks)}
     out["tied_embedding"] = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-    out["spaces"] = _spaces(anatomy, model)
+    out["spaces"] = _spaces(config, anatomy, model)
     out["refused"] = [{"space": k, "why": v} for k, v in anatomy.refused.items()]
     if prove:
         result = check(config)
@@ -60,42 +63,83 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _spaces(anatomy: Anatomy, model: nn.Module) -> list[dict[str, Any]]:
+def _spaces(config: Any, anatomy: Anatomy, model: nn.Module) -> list[dict[str, Any]]:
     """One row per space: how many units where, what one costs, how a cut of it loads."""
-    rows: list[dict[str, Any]] = []
     matrices = [m for b in anatomy.blocks for m in b.matrices]
     total = sum(m.numel for m in matrices)
-    rows.append({"space": "weight", "units": f"{total:,} weights in {len(matrices)} tensors", "apply": "mask"})
+    rows: list[dict[str, Any]] = []
+    if matrices:
+        rows.append({"space": "weight", "units": f"{total:,} weights in {len(matrices)} tensors", "apply": "mask"})
     kv = _kv_bytes(anatomy, model)
-    for name in anatomy.spaces()[1:]:
+    for name in anatomy.spaces():
         if name == "layer":
-            block = model.get_submodule(anatomy.blocks[0].name)
+            costs = [sum(p.numel() for p in model.get_submodule(b.name).parameters()) for b in anatomy.blocks]
             rows.append(
                 {
                     "space": "layer",
-                    "units": f"{len(anatomy.blocks)} layers",
-                    "parameters_each": sum(p.numel() for p in block.parameters()),
+                    "units": f"{len(costs)} layers",
+                    "parameters_each": _each(costs),
                     "kv_bytes_each": kv,
                     "apply": "mask, cut",
-                    "loads_with": "AutoModel",
+                    "loads_with": _layers_load(config, anatomy),
                 }
             )
-            continue
-        having = [b for b in anatomy.blocks if name in b.spaces]
-        space = having[0].spaces[name]
-        each = f"{space.copies} x {space.size}" if space.copies > 1 else f"{space.size}"
-        sizes = {b.spaces[name].shape for b in having}
-        rows.append(
-            {
-                "space": name,
-                "units": f"{each} in each of {len(having)} layers" if len(sizes) == 1 else f"in {len(having)} layers",
-                "parameters_each": round(unit_cost(having[0], space, model.get_submodule(having[0].name))),
-                "kv_bytes_each": round(kv / space.size) if name == "kv_group" and kv else 0,
-                "apply": "mask, cut",
-                "loads_with": "AutoModel if uniform, else secateur.load" if space.config else "secateur.load",
-            }
-        )
+        elif name != "weight":
+            having = [b for b in anatomy.blocks if name in b.spaces]
+            space = having[0].spaces[name]
+            each = f"{space.copies} x {space.size}" if space.copies > 1 else f"{space.size}"
+            one_size = len({b.spaces[name].shape for b in having}) == 1
+            plain = one_size and _plain(config, anatomy, _fewer(having, name))
+            rows.append(
+                {
+                    "space": name,
+                    "units": f"{each} in each of {len(having)} layers" if one_size else f"in {len(having)} layers",
+                    "parameters_each": _each(
+                        [round(unit_cost(b, b.spaces[name], model.get_submodule(b.name))) for b in having]
+                    ),
+                    "kv_bytes_each": round(kv / space.size) if name == "kv_group" and kv else 0,
+                    "apply": "mask, cut",
+                    "loads_with": "AutoModel if uniform, else secateur.load" if plain else "secateur.load",
+                }
+            )
     return rows
+
+
+def _each(costs: Sequence[int]) -> int:
+    """Parameters of a unit; their mean where layers differ."""
+    return round(sum(costs) / len(costs))
+
+
+def _fewer(blocks: Sequence[Block], name: str) -> dict[str, dict[str, Tensor]]:
+    """A uniform cut: the first half of every block's units, but no fewer than must stay."""
+    keeps = {}
+    for block in blocks:
+        space = block.spaces[name]
+        keep = torch.zeros(space.shape, dtype=torch.bool)
+        keep[..., : max(space.minimum, space.size // 2)] = True
+        keeps[block.name] = {name: keep}
+    return keeps
+
+
+def _layers_load(config: Any, anatomy: Anatomy) -> str:
+    """How a model without some of its layers loads. Where layers differ, a config often says only where the one kind
+    ends and the other begins, and not that any layer is absent; so every kind of layer is left out once."""
+    kinds: dict[tuple[str, ...], int] = {}
+    for block in anatomy.blocks:
+        kinds.setdefault(tuple(sorted(m.tensor for m in block.matrices)), block.index)
+    answers = []
+    for index in {0, len(anatomy.blocks) - 1, *kinds.values()}:
+        keep = torch.ones(len(anatomy.blocks), dtype=torch.bool)
+        keep[index] = False
+        answers.append(_plain(config, anatomy, {"model": {"layer": keep}}))
+    if all(answers):
+        return "AutoModel"
+    return "AutoModel or secateur.load, by which layers stay" if any(answers) else "secateur.load"
+
+
+def _plain(config: Any, anatomy: Anatomy, keeps: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether a cut loads with plain ``from_pretrained``: tried out on a skeleton."""
+    return updated_config(config, anatomy, keeps).uniform
 
 
 def _kv_bytes(anatomy: Anatomy, model: nn.Module) -> int:
