@@ -63,6 +63,12 @@ class Parts:
         """Whether carrying the step out reads calibration text."""
         return bool(self.needs or self.survey_needs) or self.streams
 
+    @property
+    def held(self) -> int:
+        """Sets of the text's activations that a walk holds at once: what the next block is fitted on, the dense stream
+        beside it, its next ones while these are still looked at, and a sub-layer's inputs and targets."""
+        return 1 + int(self.fit_on == "mix") + (2 + int(self.fit_on != "pruned") if self.streams else 0)
+
     def needs_of(self, choosing: bool, fitting: bool) -> tuple[type[Probe], ...]:
         """Probes for choosing what stays, for fitting weights (a joint method's and the repair's), or for both."""
         method = self.method.needs if choosing or (fitting and self.joint) else ()

@@ -71,7 +71,7 @@ def statistics(needs: set[type[Probe]], block: Block, length: int) -> int:
     total = 0
     for probe in needs:
         for m, first in inputs(block):
-            if first or probe.kind not in ("input", "positions"):
+            if first or probe.kind not in ("input", "paired", "positions"):
                 total += probe.bytes(*m.shape, length) * max(m.experts, 1)
     return total
 
@@ -82,12 +82,16 @@ def _walk(run: _Run, first: Stage, block: int, outside: int) -> dict[str, int]:
     needs = {*first.parts.needs, *first.parts.survey_needs} - {Gradient}
     parts = {"one block": block, "outside the blocks": outside}
     shapes = [m.shape for b in anatomy.blocks for m in b.matrices]
-    if needs:
+    if needs or first.parts.streams:
         hidden, widest = _hidden(run), max(max(shape) for shape in shapes)
         kept = -(-text.samples // run.world.size) * text.length * hidden * 4
-        parts["activations"] = 0 if run._spill else kept
+        parts["activations"] = 0 if run._spill else kept * first.parts.held
         parts["one batch"] = run.recipe.batch_size * text.length * (4 * widest + 6 * hidden) * 4
         parts["statistics"] = max(statistics(needs, b, text.length) for b in anatomy.blocks)
+        if first.parts.fit_on == "mix":  # what the dense stream has at every matrix
+            parts["one batch"] += run.recipe.batch_size * text.length * (widest + 3 * hidden) * 4
+        if first.parts.streams:  # the dense block; gradients, Adam's two moments, the values before; a way back
+            parts["fit of a sub-layer"] = 5 * block + parts["one batch"]
     parts["scores and masks"] = 4 * 4 * max(rows * columns for rows, columns in shapes)
     return parts
 

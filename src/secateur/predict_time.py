@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from secateur.cliff import FINEST, LENGTH, LEVELS, WINDOWS, curve_step
-from secateur.engine.probes import Contribution, Gradient, Gram, LocalGradient, Probe
+from secateur.engine.probes import Contribution, CrossGram, Gradient, Gram, LocalGradient, Probe
 from secateur.engine.walk import products_in
 from secateur.measure.size import TOP_K
 from secateur.methods.base import Amount
-from secateur.methods.composed import Composed
+from secateur.methods.least_squares import STEPS, WIDE
+from secateur.methods.repairs.least_squares import LeastSquares
+from secateur.methods.repairs.local_reconstruction import LocalReconstruction
 from secateur.methods.sites import block_matrices
-from secateur.parts import parts_of
+from secateur.parts import Parts, parts_of
 from secateur.predict_memory import head_macs, inputs, vocabulary
 from secateur.stage import Stage
 from secateur.step import Step
@@ -145,13 +147,38 @@ def _step(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed) -
     """A survey if the budget asks for one, the walk, and what deciding takes; ``own`` is without the head."""
     parts = parts_of(step)
     replayed = run.replay is not None
-    if replayed and (isinstance(parts.method, Composed) or not run._text_wanted):
+    mended = run._text_wanted and (parts.joint or parts.repair is not None)
+    if replayed and not mended:
         return _decide(first, step, at) / 2  # applied as it is
     surveys = not replayed and (step.space == "layer" or parts.budget.surveys)
     seconds = _gather(run, first, parts.ranking.needs, own, head, at, dense=True) if surveys else 0.0
     if step.space != "layer":
-        seconds += _gather(run, first, parts.needs, own, head, at)
+        needs = parts.needs_of(choosing=not replayed, fitting=True)
+        seconds += _gather(run, first, needs, own, head, at, dense=parts.fit_on == "dense") + _mend(
+            run, first, parts, own, at
+        )
     return seconds + _decide(first, step, at) * (2 if surveys else 1)
+
+
+def _mend(run: _Run, first: Stage, parts: Parts, own: int, at: Speed) -> float:
+    """What a repair takes beside its statistics, and the dense stream of a mix."""
+    tokens = run.recipe.text.samples * run.recipe.text.length / run.world.size
+    passes, work = float(parts.fit_on == "mix"), 0.0
+    if isinstance(parts.repair, LocalReconstruction):  # notes inputs and targets, looks twice at the error, descends
+        passes += 4 + 3 * parts.repair.passes + (0 if parts.needs else 1)
+    if isinstance(parts.repair, LeastSquares):
+        share = float(first.step.amount.share) if first.step.amount and first.step.amount.share else 0.5
+        for block in first.anatomy.blocks:
+            for m, new in inputs(block):
+                rows, columns = m.shape
+                kept = share * columns
+                if first.step.space != "weight":  # the same columns stay in every row
+                    work += max(m.experts, 1) * new * FACTOR * kept**3 / 3
+                elif kept <= WIDE:
+                    work += max(m.experts, 1) * rows * FACTOR * kept**3 / 3
+                else:
+                    work += max(m.experts, 1) * rows * STEPS * columns**2
+    return (tokens * passes * own * OVERHEAD + work) * at.product
 
 
 def _gather(
@@ -168,7 +195,7 @@ def _gather(
     block = first.anatomy.blocks[0]
     weights = sum(m.numel for m in block.matrices)
     passes = 1.0 if dense else 2.0 - 1 / len(first.anatomy.blocks)
-    if not dense and all(p.kind in ("input", "weighted", "positions") for p in walked):
+    if not dense and all(p.kind in ("input", "weighted", "paired", "positions") for p in walked):
         passes -= block.matrices[-1].numel / weights  # the first pass stops before the last product
     passes += 2.0 * sum(issubclass(p, LocalGradient) for p in walked)
     products = sum(_products(run, first, p) for p in walked)
@@ -184,7 +211,9 @@ def _products(run: _Run, first: Stage, probe: type[Probe]) -> float:
     for block in first.anatomy.blocks:
         for m, new in inputs(block):
             reached = min(top or m.experts, m.experts) if m.experts else 1
-            if probe is Gram and new:
+            if probe is CrossGram and new:
+                total += reached * m.shape[1] ** 2
+            elif probe is Gram and new:
                 total += reached * m.shape[1] * min(m.shape[1], (m.shape[1] + Gram.tile) / 2)
             elif probe is Contribution:
                 total += 2 * reached * m.shape[0] * m.shape[1]

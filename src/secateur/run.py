@@ -168,6 +168,8 @@ class _Run:
         first = Stage(self.store, self.steps[0], 0, self.conditions())
         for step in self.steps[1:]:
             check_space(first.anatomy, step.space)
+        for step in self.steps if self._text_wanted else ():
+            prepared(self.store, step)  # a repair that has nowhere to write is refused before the work
         reads = any(needs_text(p, s) for p, s in zip(all_parts, self.steps, strict=True)) and self._text_wanted
         if reads and self.recipe.text.source != "self":
             self._windows  # noqa: B018 (text errors belong before the work)
@@ -363,8 +365,8 @@ class _Run:
 
         from secateur.engine.write import work_dir
 
-        text = self.recipe.text
-        needed = text.samples * text.length * self._hidden_size * 4 // self.world.size
+        text, sets = self.recipe.text, max(parts_of(step).held for step in self.steps)
+        needed = sets * text.samples * text.length * self._hidden_size * 4 // self.world.size
         return work_dir(self.out) / "activations" if needed > psutil.virtual_memory().available // 4 else None
 
     @property
