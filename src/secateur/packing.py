@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.engine.host.origin import Origin, raw_config, resolve
 from secateur.engine.packed import check_dtype, pack_checkpoint, unpack_checkpoint, write_packed
-from secateur.engine.packed_files import PackedEntry, is_packed, part_prefix, read_packed
+from secateur.engine.packed_files import PackedEntry, is_packed, packed_dtype, part_prefix, read_packed
 from secateur.engine.reading import Reader
 from secateur.engine.store import Store
 from secateur.engine.write import writing
@@ -71,9 +71,9 @@ def packed_facts(origin: Origin) -> dict[str, Any]:
 
     Non-zeros are counted in the headers where the format keeps no zeros, else in the values.
     """
-    if origin.kind != "directory" or not is_packed(origin.path, raw_config(origin)):
+    if origin.kind != "directory" or not is_packed(origin.path, raw := raw_config(origin)):
         return {}
-    entries = [e for e in read_packed(origin.path).values() if isinstance(e, PackedEntry)]
+    entries = [e for e in read_packed(origin.path, raw).values() if isinstance(e, PackedEntry)]
     kinds: dict[str, int] = {}
     weights = nonzero = 0
     with Reader({}) as reader:
@@ -85,7 +85,7 @@ def packed_facts(origin: Origin) -> dict[str, Any]:
                 zeros = header["kind"] in ("dense", "tile")
                 nonzero += int(reader.read(values).count_nonzero()) if zeros else values.shape[0]
     facts = {
-        "dtype": raw_config(origin)["quantization_config"]["dtype"],
+        "dtype": packed_dtype(raw),
         "matrices": ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
         "weights": weights,
         "nonzero": nonzero,

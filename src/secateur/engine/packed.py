@@ -33,6 +33,7 @@ from secateur.engine.packed_files import (
     described,
     is_packed,
     metadata,
+    packed_dtype,
     part_prefix,
     read_packed,
     without_packing,
@@ -100,10 +101,10 @@ def unpack_checkpoint(origin: Origin, out: Path, overwrite: bool = False, tick: 
         SecateurError: it is not packed or is broken, or an output that may not be written.
     """
     with _made(origin, out, overwrite) as ready:
-        if origin.kind != "directory" or not is_packed(origin.path, raw_config(origin)):
+        if origin.kind != "directory" or not is_packed(origin.path, raw := raw_config(origin)):
             raise SecateurError("this model is not packed", received=origin.given, works="a directory that pack wrote")
         Store.open(origin, None)  # headers against config.json, before anything is written
-        entries = read_packed(origin.path)
+        entries, word = read_packed(origin.path, raw), packed_dtype(raw)
         with write.writing(ready):
             ready.mkdir(parents=True)
         parts = _grouped(entries)
@@ -121,10 +122,8 @@ def unpack_checkpoint(origin: Origin, out: Path, overwrite: bool = False, tick: 
                     tick(number, len(tables))
         if len(tables) > 1:
             _index(ready / PLAIN_INDEX, weight_map, total)
-        raw = raw_config(origin)
-        word = raw.get("quantization_config", {}).get("dtype")
         config = _in_dtype(without_packing(raw), "fp32" if word == "int8" else word)
-        record = {word: value for word, value in _record(origin).items() if word != "packed"}
+        record = {key: value for key, value in _record(origin).items() if key != "packed"}
         _finish(ready, origin, config, record)
     return total
 
@@ -269,9 +268,9 @@ def _tile_of(record: Mapping[str, Any]) -> Tile | None:
     return tile if min(tile) >= 1 and max(tile) <= 1 << 16 else None
 
 
-def _in_dtype(config: Mapping[str, Any], word: object) -> dict[str, Any]:
+def _in_dtype(config: Mapping[str, Any], word: str) -> dict[str, Any]:
     """A config.json that says in which dtype the weights are."""
-    name = str(DTYPES[word]).removeprefix("torch.") if isinstance(word, str) and word in DTYPES else "float32"
+    name = str(DTYPES[word]).removeprefix("torch.")
     out = {key: value for key, value in config.items() if key != "torch_dtype"}
     for key, value in out.items():
         if key.endswith("_config") and isinstance(value, Mapping) and ("dtype" in value or "torch_dtype" in value):

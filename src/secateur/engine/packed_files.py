@@ -105,12 +105,38 @@ def part_prefix(name: str, expert: int | None) -> str:
     return f"{name}.packed" if expert is None else f"{name}.packed.{expert}"
 
 
-def read_packed(folder: Path) -> dict[str, Entry]:
+def packed_dtype(raw: Mapping[str, Any]) -> str:
+    """The word for the dtype of the matrices of a packed checkpoint, from its config.
+
+    Raises:
+        SecateurError: the config does not say that it is packed, or says it in another version's words.
+    """
+    said = raw.get("quantization_config")
+    if not isinstance(said, Mapping) or said.get("quant_method") != METHOD:
+        raise SecateurError(f"config.json does not say that this is packed, but there is {INDEX}", works=AGAIN)
+    if said.get("format_version") != VERSION:
+        raise SecateurError(
+            "config.json names another version of the packed format than this Secateur reads",
+            received=said.get("format_version"),
+            works=f"version {VERSION}",
+        )
+    dtype = said.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise SecateurError("config.json names an unknown dtype of packed matrices", received=dtype, works=AGAIN)
+    return dtype
+
+
+def read_packed(folder: Path, raw: Mapping[str, Any]) -> dict[str, Entry]:
     """Every tensor of a packed checkpoint by the name it has when unpacked; packed ones are `PackedEntry`.
+
+    Args:
+        folder: the checkpoint.
+        raw: its config.json.
 
     Raises:
         SecateurError: missing or faulty shards, an unknown version, headers and tensors that contradict each other.
     """
+    dtype = packed_dtype(raw)
     if not (folder / INDEX).is_file():
         raise SecateurError(f"{folder} says that it is packed, but has no {INDEX}", works=AGAIN)
     _, shards = read_index(folder / INDEX)
@@ -119,6 +145,12 @@ def read_packed(folder: Path) -> dict[str, Entry]:
         for name, entry in _tensors(folder / shard, header).items():
             if name in found:
                 raise SecateurError(f"tensor {name!r} is there twice", received=f"again in {shard}", works=AGAIN)
+            if isinstance(entry, PackedEntry) and entry.headers[0]["dtype"] != dtype:
+                raise SecateurError(
+                    f"packed tensor {name!r} in {shard} is not in the dtype that config.json names",
+                    received=entry.headers[0]["dtype"],
+                    works=dtype,
+                )
             found[name] = entry
     return found
 
@@ -174,7 +206,7 @@ def _entry(path: Path, name: str, row: Any, rest: dict[str, Entry]) -> PackedEnt
     if len(matrices) > 1 and not stacked:
         raise wrong("has several matrices, but is no stack", len(matrices))
     for header in matrices:
-        if not isinstance(header, dict) or header.get("dtype") not in DTYPES:
+        if not isinstance(header, dict) or header.get("dtype") not in tuple(DTYPES):
             raise wrong("has a matrix of unknown dtype", header)
         if not _is_shape(header.get("shape")):
             raise wrong("has a matrix of impossible shape", header.get("shape"))

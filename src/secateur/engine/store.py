@@ -21,7 +21,7 @@ from secateur.engine.host import convert
 from secateur.engine.host.build import describe_skeleton, skeleton_model
 from secateur.engine.host.carry import merged_config
 from secateur.engine.host.origin import Origin, built, candidates, load_gguf, plain_config, raw_config, read_config
-from secateur.engine.packed_files import is_packed, read_packed
+from secateur.engine.packed_files import PackedEntry, is_packed, read_packed
 from secateur.engine.ragged import cut_to_sizes, read_sizes
 from secateur.engine.reading import Reader, check_finite
 from secateur.errors import SecateurError
@@ -78,7 +78,7 @@ class Store:
         config = read_config(origin)
         raw = raw_config(origin)
         packed = is_packed(origin.path, raw)
-        entries = read_packed(origin.path) if packed else read_headers(origin.path)
+        entries = read_packed(origin.path, raw) if packed else read_headers(origin.path)
         refuse_quantised(entries)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None)
         if isinstance(layers, int) and layers > len(entries):
@@ -191,7 +191,7 @@ class Store:
             model: of `skeleton`.
             index: the block.
             device: where to.
-            without: tensors (by name in memory, each taken from disk as it is) that are left where they are.
+            without: tensors (by name in memory, all that are converted together) that are left where they are.
 
         Raises:
             SecateurError: a weight is not finite, or the file cannot be read.
@@ -236,6 +236,18 @@ class Store:
             if group.first == name and group.converter is None:
                 return self._entries[group.sources[0][0]]
         return None
+
+    def is_packed(self, name: str) -> bool:
+        """Whether all that a tensor (by name in memory) is made of is packed on disk."""
+        groups = [group for group in self._groups.get(self.block_of(name), []) if name in group.shapes]
+        sources = [self._entries[source] for group in groups for source, _ in group.sources]
+        return bool(sources) and all(isinstance(entry, PackedEntry) for entry in sources)
+
+    def read_as_stored(self, name: str) -> Tensor:
+        """One tensor, by its name in memory, from disk and in the dtype it has there (unpacked, if it is packed)."""
+        group = next(g for g in self._groups[self.block_of(name)] if name in g.shapes)
+        with Reader(self._entries) as read:
+            return group.convert(self._model, read)[name]
 
     def companions(self, index: int, names: Collection[str]) -> list[str]:
         """These tensors of a block and all that must be converted with them: whole groups, for `to_disk`."""
@@ -296,7 +308,7 @@ class Store:
                 kept = value if index is None and not self._copy else value.clone()
                 convert.set_tensor(model, name, kept.to(device=device, dtype=self._target(name, value.dtype)))
             return
-        groups = [group for group in self._groups.get(index, []) if group.first not in without]
+        groups = [group for group in self._groups.get(index, []) if not group.shapes.keys() <= set(without)]
         self._fill(model, groups, self._entries, device)
         for name in (n for n in self.added if self.block_of(n) == index and n not in without):
             shape, dtype = self._model.get_parameter(name).shape, self._target(name, self.added[name])
