@@ -34,6 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from secateur.engine.headers import read_json
+from secateur.engine.host.frugal import parsed_once
 from secateur.engine.packed_files import is_packed, without_packing
 from secateur.errors import SecateurError
 
@@ -231,17 +232,18 @@ def read_tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
 
 def load_gguf(origin: Origin) -> nn.Module:
     """The whole model of a GGUF file, dequantised to fp32, with nothing left that calls it quantised."""
-    config = read_config(origin)
-    model: Any = built(
-        origin,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            origin.path,
-            config=config,
-            gguf_file=origin.gguf_file,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        ),
-    )
+    with parsed_once():
+        config = read_config(origin)
+        model: Any = built(
+            origin,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                origin.path,
+                config=config,
+                gguf_file=origin.gguf_file,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            ),
+        )
     config = model.config
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.__dict__.pop("quantization_config", None)
