@@ -22,7 +22,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.methods.base import Amount
-from secateur.methods.top import apportion, check_scores, kth_largest, top_rows, top_total
+from secateur.methods.top import apportion, check_scores, kth_largest, spread, top_rows, top_total
 
 Shape = tuple[int, ...]
 WORKS = "row, matrix, columns:128, 2:4 (n:m), tile:16x16 or unit"
@@ -208,8 +208,13 @@ class NofM(Grain):
             rank = torch.zeros(len(s), dtype=torch.int8, device=s.device)
             for j in range(self.m):
                 if j != i:
-                    rank += s[:, j] >= s[:, i] if j < i else s[:, j] > s[:, i]
+                    rank += s[:, j] > s[:, i]
             keep[:, i] = rank < self.n
+        tied = (keep.sum(1) > self.n).nonzero().squeeze(1)
+        if len(tied):
+            equal = s[tied] == s[tied].masked_fill(~keep[tied], torch.inf).amin(1, keepdim=True)
+            sure = keep[tied] & ~equal
+            keep[tied] = sure | spread(equal, self.n - sure.sum(1), tied)
         return keep.reshape(scores.shape)
 
     def __str__(self) -> str:

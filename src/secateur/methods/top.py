@@ -1,4 +1,10 @@
-"""Exact selection of the best: asked for k, gives k, ties included (the lowest index wins among equals)."""
+"""Exact selection of the best: asked for k, gives k, ties included.
+
+Among equals, places are spread evenly over the matrix: the entry at flat index i has the fixed rank
+(i * 2654435761) mod 2^32 (Knuth's multiplicative hash: neighbours lie far apart), and the highest rank wins. Weights
+that were quantised once are full of ties, and a rule such as "the lowest index wins" always takes from the same end
+of every row.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,8 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 CHUNK = 1 << 22  # scores looked at together: bounds the copies that a selection makes
+KNUTH = 2654435761  # about 2^32 / golden ratio; odd, so that no two indices below 2^32 share a rank
+LOW = 0xFFFFFFFF
 
 
 def check_scores(scores: Tensor) -> None:
@@ -37,7 +45,7 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
 
 
 def top_rows(scores: Tensor, k: int) -> Tensor:
-    """True at the k largest of every row of [rows, n]; among equals the lowest index wins."""
+    """True at the k largest of every row of [rows, n]; ties are spread (see above)."""
     rows, n = scores.shape
     if k <= 0 or k >= n:
         return torch.full_like(scores, k > 0, dtype=torch.bool)
@@ -50,10 +58,29 @@ def top_rows(scores: Tensor, k: int) -> Tensor:
         tied = (mask.sum(1) > k).nonzero().squeeze(1)  # rows with more entries at the threshold than places
         if len(tied):
             s, threshold = s[tied], threshold[tied]
-            above, equal = s > threshold, s == threshold
-            room = k - above.sum(1, keepdim=True)
-            mask[tied] = above | (equal & (equal.cumsum(1) <= room))
+            above = s > threshold
+            mask[tied] = above | spread(s == threshold, k - above.sum(1), tied + at)
         keep[at : at + step] = mask
+    return keep
+
+
+def spread(equal: Tensor, room: Tensor, rows: Tensor) -> Tensor:
+    """True at ``room`` of the True entries of every row: which ones, does not depend on how many.
+
+    Args:
+        equal: booleans [t, n], rows of a matrix.
+        room: int64 [t], at most as many as the row has.
+        rows: int64 [t], the rows' indices in the matrix.
+    """
+    r, c = equal.nonzero(as_tuple=True)
+    rank = ((rows[r] * equal.shape[1] + c) * KNUTH) & LOW
+    order = ((r << 32) | (LOW - rank)).argsort()
+    sorted_rows = r[order]
+    first = torch.searchsorted(sorted_rows, torch.arange(len(rows), device=r.device))
+    place = torch.arange(len(order), device=r.device) - first[sorted_rows]
+    won = order[place < room[sorted_rows]]
+    keep = torch.zeros_like(equal)
+    keep[r[won], c[won]] = True
     return keep
 
 
@@ -69,15 +96,9 @@ def top_total(scores: Tensor, count: int) -> Tensor:
     if extra:
         best = scores.masked_fill(keep, -torch.inf).amax(1)
         lucky = top_rows(best.unsqueeze(0), extra).squeeze(0).nonzero().squeeze(1)
-        first = _first_of(scores, keep, best, lucky)
-        keep[lucky, first] = True
+        next_best = (scores[lucky] == best[lucky].unsqueeze(1)) & ~keep[lucky]
+        keep[lucky] |= spread(next_best, torch.ones_like(lucky), lucky)
     return keep
-
-
-def _first_of(scores: Tensor, keep: Tensor, best: Tensor, rows: Tensor) -> Tensor:
-    """Lowest column of each of ``rows`` that holds its best score not kept yet."""
-    hit = (scores[rows] == best[rows].unsqueeze(1)) & ~keep[rows]
-    return hit.int().argmax(1)
 
 
 def apportion(sizes: Sequence[int], count: int) -> tuple[list[int], list[int], int]:

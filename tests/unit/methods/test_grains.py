@@ -1,4 +1,4 @@
-"""Grains against plain sorting in Python: exact counts, ties to the lowest index, a larger count keeps more."""
+"""Grains against plain sorting in Python: exact counts, ties spread evenly, a larger count keeps more."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ ALL = ["row", "matrix", "columns:4", "columns:5", "tile:2x3", "tile:3x4", "unit"
 SHAPE = (6, 12)
 
 
-def by_hand(scores: Tensor, groups: list[list[tuple[int, int]]], count: int) -> set[tuple[int, int]]:
+def late(index: int) -> int:
+    """Sorting key of equals: the entry with the highest hash comes first."""
+    return -(index * 2654435761 % 2**32)
+
+
+def by_hand(scores: Tensor, grain: Grain, count: int) -> set[tuple[int, int]]:
     """Places handed out one by one, in proportion to the groups' sizes; equal claims to the better next score."""
+    rows = isinstance(grain, Row | Unit)
     seats = []
-    for g, members in enumerate(groups):
-        ranked = sorted(members, key=lambda at: (-float(scores[at]), at))
+    for g, members in enumerate(groups_of(grain, SHAPE)):
+        start = g * len(members) if rows else 0
+        tie = {at: late(start + i) for i, at in enumerate(members)}
+        ranked = sorted(members, key=lambda at: (-float(scores[at]), tie[at]))
         for k, at in enumerate(ranked, 1):
-            seats.append((-Fraction(len(members), 2 * k - 1), -float(scores[at]), g, at))
+            seats.append((-Fraction(len(members), 2 * k - 1), -float(scores[at]), late(g) if rows else g, at))
     return {at for *_, at in sorted(seats)[:count]}
 
 
@@ -49,9 +57,8 @@ def kept(mask: Tensor) -> set[tuple[int, int]]:
 def test_element_grains_equal_sorting_by_hand(name: str, values: int, seed: int) -> None:
     grain = parse_grain(name)
     scores = torch.randint(-values, values, SHAPE, generator=torch.Generator().manual_seed(seed)).float()
-    groups = groups_of(grain, SHAPE)
     for count in range(SHAPE[0] * SHAPE[1] + 1):
-        assert kept(grain.select(scores, count)) == by_hand(scores, groups, count), count
+        assert kept(grain.select(scores, count)) == by_hand(scores, grain, count), count
 
 
 @pytest.mark.parametrize("n_m", [(1, 2), (2, 4), (3, 4), (4, 8), (5, 12), (1, 1)])
@@ -61,7 +68,7 @@ def test_n_of_m_equals_sorting_by_hand(n_m: tuple[int, int]) -> None:
     want = torch.zeros_like(scores, dtype=torch.bool)
     for i in range(5):
         for a in range(0, 24, m):
-            for j in sorted(range(a, a + m), key=lambda j: (-float(scores[i, j]), j))[:n]:
+            for j in sorted(range(a, a + m), key=lambda j: (-float(scores[i, j]), late(i * 24 + j)))[:n]:
                 want[i, j] = True
     grain = NofM(n, m)
     assert torch.equal(grain.select(scores, grain.count((5, 24))), want)
@@ -185,6 +192,6 @@ def test_many_equal_scores_over_several_chunks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("secateur.methods.top.CHUNK", 64)
     scores = torch.randint(0, 2, (50, 16), generator=torch.Generator().manual_seed(0)).float()
     mask = top_rows(scores, 5)
-    for row, keep in zip(scores.tolist(), mask.tolist(), strict=True):
-        best = sorted(range(16), key=lambda j: (-row[j], j))[:5]
+    for i, (row, keep) in enumerate(zip(scores.tolist(), mask.tolist(), strict=True)):
+        best = sorted(range(16), key=lambda j: (-row[j], late(16 * i + j)))[:5]
         assert [j for j, k in enumerate(keep) if k] == sorted(best)
