@@ -1,0 +1,315 @@
+// The C interface: which instructions there are, products of packed matrices, panels, packing.
+//
+// A product splits its tokens into groups of up to eight, lays each group's inputs out as the kernel reads them, and
+// splits rows over threads. Threads are OpenMP's, so in a process with PyTorch they are PyTorch's own.
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "matrix.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace secateur {
+namespace {
+
+constexpr i32 ABI = 1;
+
+bool has(i32 level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == AVX2) return avx2 && avx2_kernels();
+  if (level == AVX512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") && avx512_kernels(false);
+#endif
+  return level == PORTABLE;
+}
+
+const Kernels* kernels_of(i32 level) {
+#if defined(__x86_64__)
+  if (level == AVX512) {
+    static const bool pairs = __builtin_cpu_supports("avx512bf16");
+    return avx512_kernels(pairs);
+  }
+  if (level == AVX2) return avx2_kernels();
+#endif
+  return portable_kernels();
+}
+
+// Calls f(begin, end) on as many threads as asked, each with its share of n units.
+template <class F>
+void split(i64 n, i32 threads, F&& f) {
+#if defined(_OPENMP)
+  if (threads > 1 && n > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const i64 t = omp_get_thread_num(), of = omp_get_num_threads();
+      f(n * t / of, n * (t + 1) / of, t);
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  f(0, n, 0);
+}
+
+// Memory of one call, aligned to a cache line and kept by the thread for the next.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(memory); }
+  void* take(size_t bytes) {
+    if (bytes > size) {
+      free(memory);
+      size = (bytes + 4095) / 4096 * 4096;
+      memory = aligned_alloc(64, size);
+      if (!memory) size = 0;
+    }
+    return memory;
+  }
+};
+
+thread_local Scratch INPUTS, LINES;
+
+struct Activations {
+  const void* data;
+  bool bf16;
+  i64 columns;
+
+  float at(i64 token, i64 column) const {
+    const i64 i = token * columns + column;
+    if (!bf16) return ((const float*)data)[i];
+    const u32 bits = u32(((const u16*)data)[i]) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+};
+
+// The two planes of a token's inputs: x = coarse a + fine b up to half a fine step, a and b whole and within 127.
+struct Planes {
+  float coarse, fine;
+
+  static Planes of(const Activations& x, i64 token) {
+    float most = 0;
+    for (i64 c = 0; c < x.columns; c++) {
+      const float size = std::fabs(x.at(token, c));
+      if (!(size <= 3.4e38f)) return {NAN, NAN};  // inf or nan: so are the outputs
+      most = size > most ? size : most;
+    }
+    const float coarse = most / 127;
+    return {coarse, coarse / 254};
+  }
+  static float nearest(float value, float step) {
+    const float whole = std::nearbyint(value / step);
+    return whole > 127 ? 127.f : whole < -127 ? -127.f : whole;
+  }
+  void split(float value, u8& a, u8& b) const {
+    a = b = 128;
+    if (!(fine > 0)) return;
+    const float whole = nearest(value, coarse);
+    a = u8(int(whole) + 128);
+    b = u8(int(nearest(value - whole * coarse, fine)) + 128);
+  }
+};
+
+i64 rounded(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+i64 width_of(i64 tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : GROUP; }
+
+Form form_of(const Matrix& m, const Kernels& k, bool bf16, i64 tokens) {
+  const bool planes = k.planes && m.type == INT8 && m.sums, pairs = k.pairs && m.type == BF16 && bf16;
+  switch (m.kind) {
+    case BITMASK: return planes ? QUADS : pairs ? PAIRS : FLOATS;
+    case DENSE: return planes ? PLANES : pairs ? BF16S : ROWS;
+    case CSR: return tokens == 1 ? ROWS : LANES;
+    default: return ROWS;
+  }
+}
+
+size_t bytes_of(Form form, i64 columns, i64 tokens) {
+  const i64 padded = rounded(columns, 64) + SPARE;
+  return size_t(padded) * size_t(form == LANES ? BLOCK : tokens) * (form == QUADS || form == PLANES ? 2 : 4);
+}
+
+// Lays `tokens` tokens from `first` on out in the form, zeros up to `width` tokens and past the last column.
+void lay(const Activations& x, i64 first, i64 tokens, Form form, Input& in, void* memory) {
+  const i64 width = form == LANES ? BLOCK : width_of(tokens), columns = x.columns;
+  in.data = memory, in.form = form, in.tokens = tokens, in.stride = rounded(columns, 64) + SPARE;
+  // An offset of 128 stands for zero in bytes, but weights are zero wherever no input is.
+  memset(memory, 0, bytes_of(form, columns, width));
+  for (i64 n = 0; n < tokens; n++) {
+    const i64 token = first + n;
+    if (form == QUADS || form == PLANES) {
+      const Planes planes = Planes::of(x, token);
+      in.coarse[n] = planes.coarse, in.fine[n] = planes.fine;
+      u8* const bytes = (u8*)memory;
+      for (i64 c = 0; c < columns; c++) {
+        u8 a, b;
+        planes.split(x.at(token, c), a, b);
+        if (form == PLANES) {
+          bytes[2 * n * in.stride + c] = a, bytes[(2 * n + 1) * in.stride + c] = b;
+        } else {
+          const i64 quad = (c / 4 * 2 * width + 2 * n) * 4 + c % 4;
+          bytes[quad] = a, bytes[quad + 4] = b;
+        }
+      }
+    } else if (form == PAIRS || form == BF16S) {
+      const u16* from = (const u16*)x.data + token * columns;
+      u16* const to = (u16*)memory;
+      if (form == BF16S || width == 1) memcpy(to + n * in.stride, from, size_t(columns) * 2);
+      else
+        for (i64 c = 0; c < columns; c++) to[(c / 2 * width + n) * 2 + c % 2] = from[c];
+    } else {
+      float* const to = (float*)memory;
+      if (form == ROWS || width == 1) {
+        if (!x.bf16) memcpy(to + n * in.stride, (const float*)x.data + token * columns, size_t(columns) * 4);
+        else
+          for (i64 c = 0; c < columns; c++) to[n * in.stride + c] = x.at(token, c);
+      } else {
+        for (i64 c = 0; c < columns; c++) to[c * width + n] = x.at(token, c);
+      }
+    }
+  }
+}
+
+// y = W x for one token by columns, skipping inputs that are zero; returns how many products that took, or -1.
+i64 product_of_columns(const Matrix& m, const Activations& x, i64 token, const Kernels& k, const Output& out,
+                       i32 threads) {
+  const i64 rows = rounded(m.rows, 64), lanes = rounded(m.columns, 16);
+  char* memory = (char*)INPUTS.take(size_t(lanes * 8 + threads * rows * 4));
+  if (!memory) return -1;
+  float* const inputs = (float*)memory;
+  i32* const active = (i32*)(inputs + lanes);
+  float* const partial = (float*)(active + lanes);
+  i64 count = 0, macs = 0;
+  for (i64 c = 0; c < m.columns; c++) {
+    const float value = x.at(token, c);
+    if (value == 0) continue;
+    inputs[count] = value, active[count++] = i32(c);
+    macs += m.starts[c + 1] - m.starts[c];
+  }
+  memset(partial, 0, size_t(threads * rows) * 4);
+  split(count, threads, [&](i64 begin, i64 end, i64 t) {
+    k.columns(m, active + begin, inputs + begin, end - begin, partial + t * rows);
+  });
+  for (i64 row = 0; row < m.rows; row++) {
+    float y = partial[row];
+    for (i64 t = 1; t < threads; t++) y += partial[t * rows + row];
+    if (m.scales) y *= m.scales[row];
+    if (out.bias) y += out.bias[row];
+    if (!out.bf16) {
+      ((float*)out.data)[token * m.rows + row] = y;
+      continue;
+    }
+    u32 bits;
+    memcpy(&bits, &y, sizeof bits);
+    const u32 even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    ((u16*)out.data)[token * m.rows + row] = u16(y != y ? (bits >> 16) | 64 : even);
+  }
+  return macs;
+}
+
+i64 lines_of(const Matrix& m) {
+  return m.kind == BITMASK ? (m.rows + BLOCK - 1) / BLOCK
+         : m.kind == TILE  ? (m.rows + m.tile_rows - 1) / m.tile_rows
+                           : m.rows;
+}
+
+}  // namespace
+}  // namespace secateur
+
+using namespace secateur;
+
+EXPORT i32 secateur_abi() { return ABI; }
+
+EXPORT i32 secateur_has(i32 level) { return has(level); }
+
+// y [tokens][rows] = x [tokens][columns] W^T + bias, both contiguous and in the same dtype.
+// Returns the number of products for columns, 0 for the other kinds, -1 without memory.
+EXPORT i64 secateur_product(const Matrix* matrix, const void* x, i32 bf16, i64 tokens, void* y, const float* bias,
+                            i32 level, i32 threads) {
+  const Matrix& m = *matrix;
+  const Kernels& k = *kernels_of(level);
+  const Activations inputs{x, bf16 != 0, m.columns};
+  i64 macs = 0;
+  for (i64 first = 0; first < tokens;) {
+    const i64 most = m.kind == COLUMNS ? 1 : m.kind == CSR ? BLOCK : GROUP;
+    const i64 count = tokens - first < most ? tokens - first : most;
+    const i64 at = first * m.rows * (bf16 ? 2 : 4);
+    const Output out{(char*)y + (m.kind == COLUMNS ? 0 : at), bf16 != 0, m.rows, bias};
+    if (m.kind == COLUMNS) {
+      const i64 did = product_of_columns(m, inputs, first, k, out, threads);
+      if (did < 0) return -1;
+      macs += did;
+    } else {
+      const Form form = form_of(m, k, bf16 != 0, tokens);
+      const i64 width = form == LANES ? BLOCK : width_of(count);
+      void* memory = INPUTS.take(bytes_of(form, m.columns, width));
+      if (!memory) return -1;
+      Input in;
+      lay(inputs, first, count, form, in, memory);
+      bool lost = false;
+      split(lines_of(m), threads, [&](i64 begin, i64 end, i64) {
+        if (m.kind == BITMASK) k.bitmask(m, in, out, begin, end);
+        else if (m.kind == CSR) k.csr(m, in, out, begin, end);
+        else if (m.kind == DENSE) k.dense(m, in, out, begin, end);
+        else if (void* lines = LINES.take(bytes_of(ROWS, m.columns, width))) k.tile(m, in, out, begin, end, lines);
+        else lost = true;
+      });
+      if (lost) return -1;
+    }
+    first += count;
+  }
+  return macs;
+}
+
+// Lines [begin, end) (row blocks, rows of tiles, rows; all for columns) as a row-major panel, without int8's scales.
+EXPORT void secateur_unpack(const Matrix* matrix, void* panel, i32 bf16, i64 begin, i64 end, i32 level, i32 threads) {
+  const Matrix& m = *matrix;
+  const Kernels& k = *kernels_of(level);
+  const i64 height = m.kind == BITMASK ? BLOCK : m.tile_rows;
+  if (m.kind == COLUMNS) return k.unpack(m, panel, bf16 != 0, 0, m.rows);
+  split(end - begin, threads, [&](i64 from, i64 to, i64) {
+    char* const top = (char*)panel + from * height * m.columns * (bf16 ? 2 : 4);
+    if (from < to) k.unpack(m, top, bf16 != 0, begin + from, begin + to);
+  });
+}
+
+// The bitmask of a row-major matrix of values of 4, 2 or 1 bytes in which zero is all bits zero: fills the words, and
+// the non-zeros where `values` is given; offsets [row blocks + 1] are counted on the first pass and read on the second.
+EXPORT void secateur_pack(const void* matrix, i64 bytes, i64 rows, i64 columns, u64* mask, i64* offsets, void* values,
+                          i32 threads) {
+  const i64 blocks = (rows + BLOCK - 1) / BLOCK, words = (columns + 3) / 4, per = 4 / bytes;
+  split(blocks, threads, [&](i64 begin, i64 end, i64) {
+    for (i64 block = begin; block < end; block++) {
+      i64 count = 0;
+      char* to = values ? (char*)values + offsets[block] * bytes : nullptr;
+      for (i64 w = 0; w < words; w++) {
+        u64 word = 0;
+        for (i64 bit = 0; bit < 64; bit++) {
+          const i64 row = block * BLOCK + bit / per % BLOCK, column = 4 * w + bit / (BLOCK * per) * per + bit % per;
+          if (row >= rows || column >= columns) continue;
+          u32 value = 0;
+          const char* from = (const char*)matrix + (row * columns + column) * bytes;
+          memcpy(&value, from, size_t(bytes));
+          if (!value) continue;
+          word |= u64(1) << bit, count++;
+          if (to) memcpy(to, from, size_t(bytes)), to += bytes;
+        }
+        mask[block * words + w] = word;
+      }
+      if (!values) offsets[block + 1] = count;
+    }
+  });
+  if (values) return;
+  offsets[0] = 0;
+  for (i64 block = 0; block < blocks; block++) offsets[block + 1] += offsets[block];
+}

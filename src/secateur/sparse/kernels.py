@@ -1,0 +1,321 @@
+"""Products with packed matrices: y = x W^T, by kernels that skip zeros, or by torch where they are not built.
+
+The kernels are a small C library (csrc/) that is loaded with ctypes: a call costs about two microseconds, and threads
+are torch's own. Whether it is there, and for which instructions, is asked once. ``SECATEUR_NO_KERNELS=1`` hides it.
+
+A :class:`Handle` is one matrix made ready: verified once, its addresses written down. Up to ``limit`` tokens go
+through the packed kernel; more are multiplied by torch, panel by panel, with as many rows unpacked at a time as fit
+a cache. Where the library is missing, the handle holds the matrix in torch's CSR (from 90 % zeros) or dense.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SecateurError, unknown
+from secateur.sparse.formats import Packed, decode, unpack
+from secateur.sparse.layout import ROWS, up
+from secateur.sparse.verify import tile_starts, verify
+
+LEVELS = ("portable", "avx2", "avx512")
+KINDS = ("bitmask", "csr", "tile", "columns", "dense")
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+ABI = 1
+LIMIT = 16  # tokens up to which the packed kernel runs where nothing was calibrated
+PANEL = 1 << 20  # weights unpacked at a time
+WIDEST_PLANES = 1 << 16  # inputs up to which sums of int8 products fit 32 bits
+
+
+class _Matrix(ctypes.Structure):
+    """``Matrix`` of csrc/matrix.h. Addresses are plain integers; the handle keeps the tensors they point into."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "tile_rows", "tile_columns", "count")),
+        *((name, ctypes.c_void_p) for name in ("values", "mask", "starts", "crow", "col")),
+        ("col_bytes", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str = ""
+
+
+@cache
+def _found() -> _Found:
+    if os.environ.get("SECATEUR_NO_KERNELS") == "1":
+        return _Found(None, "SECATEUR_NO_KERNELS=1 hides them")
+    here = Path(__file__).parent
+    paths = [here / f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None:
+        return _Found(None, "they are not built; install a C++ compiler and install secateur again")
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.secateur_abi() != ABI:
+            return _Found(None, "they were built for another version; install secateur again")
+    except (OSError, AttributeError) as error:
+        return _Found(None, f"{path.name} does not load: {error}")
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    library.secateur_product.argtypes = (pointer, pointer, i32, i64, pointer, pointer, i32, i32)
+    library.secateur_product.restype = i64
+    library.secateur_unpack.argtypes = (pointer, pointer, i32, i64, i64, i32, i32)
+    library.secateur_unpack.restype = None
+    return _Found(library)
+
+
+def library() -> ctypes.CDLL | None:
+    """The C library, or None where it is not built or hidden."""
+    return _found().library
+
+
+@cache
+def levels() -> tuple[str, ...]:
+    """The instruction levels that this CPU and this build have, slowest first; none without the library."""
+    found = library()
+    return tuple(word for i, word in enumerate(LEVELS) if found and found.secateur_has(i))
+
+
+def available() -> str | None:
+    """The level that products run at: ``avx512``, ``avx2``, ``portable``, or None without the library."""
+    return levels()[-1] if levels() else None
+
+
+def why_missing() -> str:
+    """Why there are no kernels; empty where there are."""
+    return _found().reason
+
+
+def status() -> str:
+    """One line for people: which kernels run, or why none do and what runs instead."""
+    if available():
+        return f"kernels that skip zeros: {available()}"
+    return f"kernels that skip zeros: missing ({why_missing()}); packed weights run through torch"
+
+
+class Handle:
+    """One packed matrix made ready for products. Keeps its tensors alive; not to be changed or moved.
+
+    Args:
+        packed: the matrix, on the CPU; it is verified here.
+        level: a forced instruction level, else the best there is.
+    """
+
+    def __init__(self, packed: Packed, level: str | None = None) -> None:
+        verify(packed)
+        if any(part.device.type != "cpu" for part in packed.parts.values()):
+            received = packed.parts["values"].device
+            raise SecateurError("packed products run on the CPU only", received=received, works="move it there")
+        if level is not None and level not in levels():
+            raise unknown("kernel level", level, levels() or ("none: " + why_missing(),))
+        self.packed = packed
+        self.limit = LIMIT
+        self._level = LEVELS.index(level or available() or "portable")
+        self._library = library()
+        self._kept = {name: _aligned(part) for name, part in packed.parts.items()}
+        self._plain: Callable[[Tensor], Tensor] | None = None
+        if self._library:
+            self._matrix = self._described()
+            self._address = ctypes.addressof(self._matrix)
+
+    def _described(self) -> _Matrix:
+        packed, kept = self.packed, self._kept
+        (rows, columns), (r, c) = packed.shape, packed.tile or (1, 1)
+        if packed.kind in ("csr", "tile"):
+            kept["starts"] = tile_starts(packed)
+        if packed.dtype == torch.int8 and columns <= WIDEST_PLANES and packed.kind in ("bitmask", "dense"):
+            kept["sums"] = _row_sums(packed)
+
+        def at(name: str) -> int | None:
+            return kept[name].data_ptr() if name in kept else None
+
+        return _Matrix(
+            kind=KINDS.index(packed.kind),
+            type=TYPES.index(packed.dtype),
+            rows=rows,
+            columns=columns,
+            tile_rows=r,
+            tile_columns=c,
+            count=kept["values"].numel(),
+            values=at("values"),
+            mask=at("mask"),
+            starts=at("starts") or at("offsets"),
+            crow=at("crow"),
+            col=at("col"),
+            col_bytes=kept["col"].element_size() if "col" in kept else 0,
+            scales=at("scales"),
+            sums=at("sums"),
+        )
+
+    def product(self, x: Tensor, bias: Tensor | None = None, threads: int | None = None) -> Tensor:
+        """x [tokens, in] times the matrix plus bias: [tokens, out] in x's dtype (fp32 or bf16; others through fp32).
+
+        Args:
+            x: inputs on the CPU.
+            bias: fp32 [out], or None.
+            threads: how many to use; torch's own number by default.
+        """
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return self.product(x.float(), bias, threads).to(x.dtype)
+        tokens = x.shape[0]
+        if not self._library:
+            return self._through_torch(x, bias)
+        if tokens > self.limit:
+            return self.by_panels(x, bias, threads)
+        return self.direct(x, bias, threads)[0]
+
+    def direct(self, x: Tensor, bias: Tensor | None = None, threads: int | None = None) -> tuple[Tensor, int]:
+        """The packed kernel whatever the number of tokens; and, for kind ``columns``, how many products it took."""
+        x = x.contiguous()
+        y = x.new_empty(x.shape[0], self.packed.shape[0])
+        count = self._library.secateur_product(  # type: ignore[union-attr]  # callers looked
+            self._address,
+            x.data_ptr(),
+            x.dtype == torch.bfloat16,
+            x.shape[0],
+            y.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            self._level,
+            threads or torch.get_num_threads(),
+        )
+        if count < 0:
+            raise MemoryError("no memory for the inputs of a packed product")
+        return y, count
+
+    def by_panels(self, x: Tensor, bias: Tensor | None = None, threads: int | None = None) -> Tensor:
+        """torch's dense product with a few rows of the matrix at a time, so that it never is in memory whole."""
+        packed, (rows, columns) = self.packed, self.packed.shape
+        bf16 = x.dtype == torch.bfloat16 and packed.dtype in (torch.bfloat16, torch.int8)
+        inputs = x if bf16 or x.dtype == torch.float32 else x.float()
+        scales = packed.parts.get("scales")
+        if packed.kind == "dense" and packed.dtype == inputs.dtype:
+            y = inputs @ packed.parts["values"].t()
+        else:
+            y = inputs.new_empty(x.shape[0], rows)
+            height = ROWS if packed.kind == "bitmask" else packed.tile[0] if packed.tile else 1
+            lines = up(rows, height)
+            step = lines if packed.kind == "columns" else max(1, PANEL // (columns * height))
+            for line in range(0, lines, step):
+                last = min(line + step, lines)
+                panel = inputs.new_empty(min(last * height, rows) - line * height, columns)
+                self.fill(panel, line, last, threads)
+                torch.mm(inputs, panel.t(), out=y[:, line * height : line * height + panel.shape[0]])
+        if scales is not None:
+            y = y * scales  # fp32, and so is what follows
+        if bias is not None:
+            y = y + bias
+        return y.to(x.dtype)
+
+    def fill(self, panel: Tensor, line: int, last: int, threads: int | None = None) -> None:
+        """Writes lines [line, last) (16 rows, a row of tiles, a row) into a panel, int8 codes without their scales."""
+        self._library.secateur_unpack(  # type: ignore[union-attr]  # callers looked
+            self._address,
+            panel.data_ptr(),
+            panel.dtype == torch.bfloat16,
+            line,
+            last,
+            self._level,
+            threads or torch.get_num_threads(),
+        )
+
+    def _through_torch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._plain is None:
+            self._plain = _plain(self.packed)
+        y = self._plain(x)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def product(packed: Packed, x: Tensor, threads: int | None = None, level: str | None = None) -> Tensor:
+    """x [tokens, in] times the packed matrix transposed: [tokens, out] in x's dtype. For many calls keep a Handle."""
+    return Handle(packed, level).product(_matching(packed, x), None, threads)
+
+
+def counted(packed: Packed, x: Tensor, threads: int | None = None, level: str | None = None) -> tuple[Tensor, int]:
+    """The product of a matrix of kind ``columns`` and how many multiplications it took: the non-zero ones, no other."""
+    if packed.kind != "columns":
+        raise SecateurError("only columns skip inputs", received=packed.kind, works="pack with kind 'columns'")
+    handle, x = Handle(packed, level), _matching(packed, x)
+    if levels():
+        y, count = handle.direct(x.float() if x.dtype not in (torch.float32, torch.bfloat16) else x, None, threads)
+        return y.to(x.dtype), count
+    weights = (decode(packed) != 0).sum(0)
+    return handle.product(x), int(((x != 0) * weights).sum())
+
+
+def _matching(packed: Packed, x: Tensor) -> Tensor:
+    if x.dim() != 2 or x.shape[1] != packed.shape[1] or not x.is_floating_point():
+        received = f"{tuple(x.shape)} {x.dtype}"
+        raise SecateurError(
+            "inputs do not fit the matrix", received=received, works=f"give [tokens, {packed.shape[1]}]"
+        )
+    return x
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """The tensor itself, or a copy where a file's offsets put it at an odd address."""
+    return part.clone() if part.numel() and part.data_ptr() % part.element_size() else part
+
+
+def _row_sums(packed: Packed) -> Tensor:
+    """The sum of each row's int8 codes, int32 [out]; 4096 rows at a time."""
+    if packed.kind == "dense":
+        return packed.parts["values"].sum(1, dtype=torch.int32)
+    sums = []
+    for first in range(0, up(packed.shape[0], ROWS), 256):
+        sums.append(decode(row_blocks(packed, first, first + 256)).sum(1, dtype=torch.int32))
+    return torch.cat(sums)
+
+
+def row_blocks(packed: Packed, first: int, last: int) -> Packed:
+    """Row blocks [first, last) of a bitmask as a matrix of its own; parts are views."""
+    parts = packed.parts
+    offsets = parts["offsets"][first : last + 1]
+    rows = min(last * ROWS, packed.shape[0]) - first * ROWS
+    some = {
+        "mask": parts["mask"][first:last],
+        "offsets": offsets - offsets[0],
+        "values": parts["values"][int(offsets[0]) : int(offsets[-1])],
+    }
+    if "scales" in parts:
+        some["scales"] = parts["scales"][first * ROWS : first * ROWS + rows]
+    return replace(packed, shape=(rows, packed.shape[1]), parts=some)
+
+
+def _plain(packed: Packed) -> Callable[[Tensor], Tensor]:
+    """The product through torch: its CSR where the matrix is stored so, dense otherwise. Int8 becomes fp32."""
+    if packed.kind != "csr":
+        dense = unpack(packed)
+        by_dtype = {dense.dtype: dense}
+
+        def multiply(x: Tensor) -> Tensor:
+            if x.dtype not in by_dtype:
+                by_dtype.clear()
+                by_dtype[x.dtype] = dense.to(x.dtype)
+            return x @ by_dtype[x.dtype].t()
+
+        return multiply
+    values, scales = packed.parts["values"].float(), packed.parts.get("scales")
+    if scales is not None:
+        values = values * scales.repeat_interleave(packed.parts["crow"].diff())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch's CSR is in beta, once a process
+        crow, col = packed.parts["crow"], packed.parts["col"].long()
+        matrix = torch.sparse_csr_tensor(crow, col, values, packed.shape, check_invariants=True)
+    return lambda x: (matrix @ x.float().t()).t().to(x.dtype)
