@@ -92,7 +92,11 @@ class Recipe:
             raise unknown("packed dtype", self.pack, PACKED_DTYPES)
         check_device(self.device, self.dtype)
         if len(self.steps) > 1 and any(step.at_most_worse is not None for step in self.steps):
-            raise SecateurError("at_most_worse is for a recipe of one step", received=f"{len(self.steps)} steps")
+            raise SecateurError(
+                "at_most_worse is for a recipe of one step",
+                received=f"{len(self.steps)} steps",
+                works="one step with at_most_worse, then a second recipe on its result",
+            )
 
     @classmethod
     def from_words(cls, words: Mapping[str, Any]) -> Recipe:

@@ -167,7 +167,9 @@ class Step:
         if self.map:
             if self.budget != "uniform" or nm is not None:
                 raise SecateurError(
-                    "a map already says how much every site keeps", received=f"budget {self.budget}, grain {self.grain}"
+                    "a map already says how much every site keeps",
+                    received=f"budget {self.budget}, grain {self.grain}",
+                    works="a map with budget uniform and a grain that is not n:m",
                 )
             given = [w for w in given if w != "keep"] + ["map"]
         if len(given) > 1:

@@ -159,7 +159,7 @@ def read_choice(value: object, word: str) -> Choice:
             )
         name, options = head, tuple((k.strip(), _scalar(v.strip())) for k, _, v in pairs)
     if len({k for k, _ in options}) < len(options):
-        raise SecateurError(f"{word} gives an option twice", received=value)
+        raise SecateurError(f"{word} gives an option twice", received=value, works="give each option once")
     return Choice(name, options)
 
 
@@ -197,9 +197,13 @@ def _scalar(text: str) -> Value:
 
 def _plain(value: object, word: str) -> Value:
     if not isinstance(value, bool | int | float | str):
-        raise SecateurError(f"an option of {word} is not a number or a word", received=value)
+        raise SecateurError(
+            f"an option of {word} is not a number or a word", received=value, works="{name: owl, m: 5} works"
+        )
     if isinstance(value, str) and not re.fullmatch(r"[^\s,=:]+", value):
-        raise SecateurError(f"an option of {word} is not one word", received=value)
+        raise SecateurError(
+            f"an option of {word} is not one word", received=value, works="no spaces, commas, colons or = inside it"
+        )
     return value
 
 

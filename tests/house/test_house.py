@@ -219,6 +219,19 @@ def test_the_commands_of_the_pages_parse() -> None:
     assert found >= 5
 
 
+def test_every_refusal_says_what_works() -> None:
+    """`SecateurError(...)` without ``works=`` leaves its reader alone."""
+    silent = [
+        f"{path.name}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "SecateurError"
+        and "works" not in {k.arg for k in node.keywords}
+    ]
+    assert silent == []
+
+
 def test_every_recipe_reads() -> None:
     from secateur.parts import parts_of
     from secateur.recipe import Recipe, read_recipe

@@ -268,11 +268,10 @@ def _check_layers(anatomy: Anatomy, keep: Tensor) -> None:
             f"layers of {anatomy.family!r} cannot be removed: {anatomy.refused.get('layer', 'not known to be safe')}",
             works=f"another space ({', '.join(anatomy.spaces())})",
         )
-    if keep.dtype != torch.bool or tuple(keep.shape) != (len(anatomy.blocks),) or not bool(keep.any()):
-        raise SecateurError(
-            f"layers take {len(anatomy.blocks)} booleans, at least one of them True",
-            received=f"{keep.dtype} of shape {list(keep.shape)}, {int(keep.sum())} True",
-        )
+    n = len(anatomy.blocks)
+    if keep.dtype != torch.bool or tuple(keep.shape) != (n,) or not bool(keep.any()):
+        got = f"{keep.dtype} of shape {list(keep.shape)}, {int(keep.sum())} True"
+        raise SecateurError(f"layers take {n} booleans", received=got, works="True for those that stay, at least one")
 
 
 def cut_layers(model: nn.Module, anatomy: Anatomy, keep: Tensor) -> None:

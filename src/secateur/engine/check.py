@@ -146,9 +146,17 @@ class _Subject:
         except BROKEN as error:
             if isinstance(error, SecateurError):
                 raise
-            raise SecateurError(f"no toy copy of this config runs: {_first(error)}", received=toy.model_type) from error
+            raise SecateurError(
+                f"no toy copy of this config runs: {_first(error)}",
+                received=toy.model_type,
+                works="a family whose anatomy can be proved (docs/architectures.md)",
+            ) from error
         if not bool(dense.isfinite().all()):
-            raise SecateurError("the toy copy's logits are not finite", received=toy.model_type)
+            raise SecateurError(
+                "the toy copy's logits are not finite",
+                received=toy.model_type,
+                works="a family whose anatomy can be proved (docs/architectures.md)",
+            )
         return cls(model, anatomy, text, dense, _cache_works(model, text, dense), generator)
 
 

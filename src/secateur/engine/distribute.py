@@ -56,10 +56,11 @@ class World:
             SecateurError: the first process's problem (what the others pass is not looked at).
         """
         if self.size > 1:
-            told = [None if problem is None else str(problem)]
+            told = [None if problem is None else (problem.wrong, problem.received, problem.works)]
             dist.broadcast_object_list(told, 0)
             if told[0] is not None and not self.first:
-                raise SecateurError(told[0])
+                wrong, received, works = told[0]
+                raise SecateurError(wrong, received=received, works=works)
         if problem is not None:
             raise problem
 

@@ -63,10 +63,16 @@ class Plan(Mapping[str, Tensor]):
 
     def __setitem__(self, key: str, mask: Tensor | Bits) -> None:
         if key.count("/") < 2:
-            raise SecateurError("a plan's keys are step/space/site", received=key)
+            raise SecateurError(
+                "a plan's keys are step/space/site", received=key, works="0/ffn/model.layers.3, as Secateur writes them"
+            )
         if not isinstance(mask, Bits):
             if mask.dtype != torch.bool:
-                raise SecateurError(f"a plan holds booleans at {key!r}", received=str(mask.dtype))
+                raise SecateurError(
+                    f"a plan holds booleans at {key!r}",
+                    received=str(mask.dtype),
+                    works="torch.bool, True is kept",
+                )
             mask = Bits.of(mask)
         self._bits[key] = mask
 
@@ -98,13 +104,19 @@ class Plan(Mapping[str, Tensor]):
     def _with(self, other: Plan, combine: Callable[[Tensor, Tensor], Tensor]) -> Plan:
         if self.keys() != other.keys():
             odd = sorted(self.keys() ^ other.keys())[0]
-            raise SecateurError("two plans of different sites cannot be combined", received=f"only one has {odd!r}")
+            raise SecateurError(
+                "two plans of different sites cannot be combined",
+                received=f"only one has {odd!r}",
+                works="plans of the same steps on models of the same shape",
+            )
         out = Plan()
         for key, mine in self._bits.items():
             theirs = other._bits[key]
             if mine.shape != theirs.shape:
                 raise SecateurError(
-                    f"two plans differ in shape at {key!r}", received=f"{mine.shape} and {theirs.shape}"
+                    f"two plans differ in shape at {key!r}",
+                    received=f"{mine.shape} and {theirs.shape}",
+                    works="plans of the same steps on models of the same shape",
                 )
             out._bits[key] = Bits(combine(mine.packed, theirs.packed), mine.shape)
         return out

@@ -134,7 +134,9 @@ def read_text(path: Path, what: str) -> str:
             f"{what} is not UTF-8 (byte {error.start})", received=str(path), works="convert the file to UTF-8"
         ) from None
     except OSError as error:
-        raise SecateurError(f"{what} cannot be read", received=f"{path}: {error.strerror}") from None
+        raise SecateurError(
+            f"{what} cannot be read", received=f"{path}: {error.strerror}", works="give a file you may read"
+        ) from None
 
 
 def json_lines(path: Path, what: str, works: str) -> Iterator[tuple[int, Any]]:

@@ -136,7 +136,11 @@ class Activations:
         try:
             self._file(i).write_bytes(flat.view(torch.uint8).numpy().tobytes())
         except OSError as e:
-            raise SecateurError(f"activations could not be spilled: {e.strerror}", received=str(self.spill)) from e
+            raise SecateurError(
+                f"activations could not be spilled: {e.strerror}",
+                received=str(self.spill),
+                works="free some space beside the output, or give less text (--samples, --length)",
+            ) from e
 
     def put(self, i: int, x: Tensor) -> None:
         """Set the i-th, or append it where it is the next."""

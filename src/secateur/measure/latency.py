@@ -101,7 +101,11 @@ def peak_rss(path: Path, options: LatencyOptions, dtype: str) -> int:
     )
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise SecateurError(f"the process that measures memory failed: {words[-1]}", received=str(path))
+        raise SecateurError(
+            f"the process that measures memory failed: {words[-1]}",
+            received=str(path),
+            works="a model that fits into the free memory a second time",
+        )
     return int(done.stdout.strip().splitlines()[-1])
 
 

@@ -16,8 +16,8 @@ from secateur.engine.store import Store
 LAYERS, HIDDEN, WIDE, VOCABULARY, HEADS = 2, 32, 48, 40, 4
 PARTS = {
     "attn_norm": (HIDDEN,), "attn_q": (HIDDEN, HIDDEN), "attn_k": (HIDDEN // 2, HIDDEN),
-    "attn_v": (HIDDEN // 2, HIDDEN), "attn_output": (HIDDEN, HIDDEN), "ffn_norm": (HIDDEN,), "ffn_gate": (WIDE, HIDDEN), "ffn_up": (WIDE, HIDDEN),
-    "ffn_down": (HIDDEN, WIDE),
+    "attn_v": (HIDDEN // 2, HIDDEN), "attn_output": (HIDDEN, HIDDEN), "ffn_norm": (HIDDEN,),
+    "ffn_gate": (WIDE, HIDDEN), "ffn_up": (WIDE, HIDDEN), "ffn_down": (HIDDEN, WIDE),
 }  # fmt: skip
 
 

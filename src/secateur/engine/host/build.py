@@ -82,7 +82,11 @@ def default_config(family: str) -> PreTrainedConfig:
     except CONFIG_ERRORS as error:
         reason = error.__cause__ or error
         first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-        raise SecateurError(f"the default config of {family} is not valid: {first}", received=family) from error
+        raise SecateurError(
+            f"the default config of {family} is not valid: {first}",
+            received=family,
+            works="give a model directory with a config.json of this family",
+        ) from error
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -116,7 +120,11 @@ def changed_config(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTr
     except CONFIG_ERRORS as error:
         reason = error.__cause__ or error
         first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-        raise SecateurError(f"a {config.model_type} config cannot say this: {first}", received=dict(fields)) from error
+        raise SecateurError(
+            f"a {config.model_type} config cannot say this: {first}",
+            received=dict(fields),
+            works="another number of units, or mask instead of cut",
+        ) from error
 
 
 def describe_skeleton(model: nn.Module) -> Skeleton:

@@ -138,7 +138,11 @@ def toy_config(config: PreTrainedConfig, *, own_head_dim: bool = True) -> PreTra
     except CONFIG_ERRORS as error:
         reason = error.__cause__ or error
         first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-        raise SecateurError(f"no toy copy of this config can be made: {first}", received=text.model_type) from error
+        raise SecateurError(
+            f"no toy copy of this config can be made: {first}",
+            received=text.model_type,
+            works="a family whose anatomy can be proved (docs/architectures.md)",
+        ) from error
     toy.architectures = None
     return toy
 
