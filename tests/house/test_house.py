@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -243,6 +244,20 @@ def test_every_recipe_reads() -> None:
         assert recipe.title, f"{file.name} has no title"
         for step in recipe.steps:
             parts_of(step)
+
+
+def test_what_recipes_expect_was_measured() -> None:
+    """A figure that a recipe takes from a file of ours is the one in that file."""
+    from secateur.recipe import read_recipe
+
+    found = 0
+    for file in sorted((ROOT / "recipes").glob("*.yaml")):
+        expect = read_recipe(file).get("expect", {})
+        if str(expect.get("of", "")).startswith("benchmarks/"):
+            measured = json.loads((ROOT / expect["of"]).read_text())["rows"][expect["row"]]
+            assert expect["perplexity"] == round(measured["perplexity"], 1), file.name
+            found += 1
+    assert found >= 5
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/adding-a-method.md"])
