@@ -26,6 +26,7 @@ from secateur.engine.host.origin import resolve
 from secateur.engine.packed import pack_checkpoint
 from secateur.engine.store import Store
 from secateur.errors import SecateurError
+from secateur.sparse.linear import PackedLinear
 from whole_toys import cli, read_all, said, weights_of, write_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -313,3 +314,72 @@ def test_an_interrupted_pack_leaves_nothing(toys: Path, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         pack_checkpoint(resolve(toys / "llama"), tmp_path / "p", tick=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "neox", "opt", "mixtral", "qwen3_moe"])
+def test_a_packed_model_is_its_twin_with_zeros(toys: Path, tmp_path: Path, family: str, dtype: str) -> None:
+    """The same logits up to rounding, the same greedy tokens, and nothing dense where a matrix is packed."""
+    secateur.pack(toys / family, tmp_path / "p", dtype)
+    secateur.unpack(tmp_path / "p", tmp_path / "u")
+    model: Any = secateur.load(tmp_path / "p", torch.float32)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "u", dtype=torch.float32, attn_implementation="sdpa").eval()
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    anatomy = anatomy_of(describe_skeleton(twin))
+    assert len(packed) == sum(max(m.experts, 1) for b in anatomy.blocks for m in b.matrices)
+    names = {f"{b.name}.{m.tensor}" for b in anatomy.blocks for m in b.matrices}
+    state = twin.state_dict()
+    assert {m.dtype for m in packed} == {DTYPES[dtype]}
+    assert sum(m.packed.nonzeros for m in packed) == sum(int(state[n].count_nonzero()) for n in names)
+    assert not names & {n for n, _ in model.named_parameters()}
+    assert not model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for tokens in (1, 7, 40):  # the kernel that skips zeros, and panels above its limit
+        ids = torch.randint(3, 60, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-4, atol=1e-4)
+    ids = torch.tensor([[3, 14, 15, 9, 26]])
+    words = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **words), twin.generate(ids, **words))
+    if dtype == "bf16":
+        assert {p.dtype for p in secateur.load(tmp_path / "p").parameters()} == {torch.bfloat16}
+
+
+def test_a_packed_encoder(toys: Path, tmp_path: Path) -> None:
+    secateur.pack(toys / "bert", tmp_path / "p", "fp32")
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        want = BertForMaskedLM.from_pretrained(toys / "bert").eval()(ids).logits
+        torch.testing.assert_close(secateur.load(tmp_path / "p")(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_measure_and_inspect_see_through_the_packing(
+    toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
+    secateur.pack(toys / family, tmp_path / "p", "fp32")
+    assert cli("measure", toys / family, tmp_path / "p", "--json") == 0
+    plain, packed = said(capsys)["models"]
+    for word in ("parameters", "nonzero", "macs_per_token", "kv_bytes_per_token"):
+        assert plain[word] == packed[word], word
+    state = load_file(toys / family / "model.safetensors")
+    assert packed["bytes"] == sum(len(b) for b in weights_of(tmp_path / "p").values()) < plain["bytes"]
+    assert cli("inspect", tmp_path / "p", "--json") == 0
+    told = said(capsys)["packed"]
+    names = packable(toys / family)
+    assert told["weights"] == sum(state[n].numel() for n in names)
+    assert told["nonzero"] == sum(int(state[n].count_nonzero()) for n in names)
+    assert (told["dtype"], told["bytes"]) == ("fp32", packed["bytes"])
+
+
+def test_the_report_of_a_packed_result_weighs_the_packed_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "m")
+    words = ("--space", "weight", "--score", "magnitude", "--sparsity", "0.5", "--pack", "--json")
+    assert cli("prune", tmp_path / "m", "-o", tmp_path / "p", *words) == 0
+    dense, packed = said(capsys)["models"]
+    assert packed["bytes"] == sum(len(b) for b in weights_of(tmp_path / "p").values()) < dense["bytes"]
+    assert packed["nonzero"] < dense["nonzero"] and packed["parameters"] == dense["parameters"]
+    assert "secateur.load" in (tmp_path / "p" / "README.md").read_text()

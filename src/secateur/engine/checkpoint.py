@@ -21,6 +21,7 @@ from secateur.engine.apply import cut, updated_config
 from secateur.engine.host.build import describe_skeleton, skeleton_model
 from secateur.engine.host.origin import Origin, quiet, resolve
 from secateur.engine.outcome import Outcome, outcome_of
+from secateur.engine.packed_model import load_packed
 from secateur.engine.ragged import ORDER
 from secateur.engine.store import Store
 from secateur.engine.write import StepWriter, check_out, publish, work_dir, writing
@@ -28,12 +29,13 @@ from secateur.errors import SecateurError
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a model: any checkpoint Secateur wrote, ragged or not, and whatever else it reads.
+    """Load a model: any checkpoint Secateur wrote, ragged, packed or neither, and whatever else it reads.
 
     Args:
         path: a directory, a ``.gguf`` file, ``smollm2`` or a hub id.
-        dtype: of float weights; None: what the config says, as in Transformers.
-        device: where the weights go.
+        dtype: of float weights; None: what the config says, as in Transformers. Packed matrices keep theirs, and take
+            and give activations of this one.
+        device: where the weights go. Packed matrices stay packed on the CPU and are unpacked elsewhere.
 
     Raises:
         SecateurError: anything wrong with the files; see `Store.open`.
@@ -41,7 +43,10 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     store = Store.open(resolve(path), dtype)
     store.dtype = dtype or store.usual_dtype()
     model: Any = store.skeleton()
-    store.load_whole(model, device)
+    if store.packed and torch.device(device).type == "cpu":
+        load_packed(store, model)
+    else:
+        store.load_whole(model, device)
     if isinstance(store.origin, Origin) and (store.origin.path / "generation_config.json").is_file():
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(store.origin.path)

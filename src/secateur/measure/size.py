@@ -13,6 +13,7 @@ linear-attention layers are not counted.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +27,11 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.engine.decode import accepted
 from secateur.measure.types import Size
+from secateur.sparse.linear import PackedLinear
 
 PROBE = 7  # tokens of the tiny forward pass; a length that is no usual head width
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
+POOL = re.compile(r"(.*\bexperts(?:\.matrices\.\w+)?)\.(\d+)\.")  # experts as modules, the host's or ours
 REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what a host's forward pass may raise
 WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
@@ -37,15 +40,18 @@ def size(model: nn.Module, path: Path | None = None, context: int = 1024) -> Siz
     """Weigh a model as it is in memory, and its files if it has any.
 
     Args:
-        model: a Transformers model; on the meta device non-zeros are taken to be all parameters.
+        model: a Transformers model; on the meta device non-zeros are taken to be all parameters. Matrices that run
+            packed count as they would unpacked.
         path: its checkpoint directory or file; None takes the bytes of the state in memory.
         context: tokens in the cache when MACs are counted.
     """
     parameters = list(model.parameters())  # tied tensors come once
+    packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear)]
     seen = observe(model)
     return Size(
-        parameters=sum(p.numel() for p in parameters),
-        nonzero=sum(p.numel() if p.is_meta else int(torch.count_nonzero(p)) for p in parameters),
+        parameters=sum(p.numel() for p in parameters) + sum(math.prod(p.shape) for p in packed),
+        nonzero=sum(p.numel() if p.is_meta else int(torch.count_nonzero(p)) for p in parameters)
+        + sum(p.nonzeros for p in packed),
         bytes=stored_bytes(model, path),
         macs_per_token=linear_macs(model) + sum(a.macs(context) for a in seen.attention),
         kv_bytes_per_token=seen.kv_bytes,
@@ -79,21 +85,30 @@ def linear_macs(model: nn.Module) -> int:
     total = 0
     pools: dict[str, list[int]] = {}  # experts held as separate modules: weights of each pool, by expert
     for name, module in model.named_modules():
-        pool = re.match(r"(.*\bexperts)\.(\d+)\.", name + ".")
-        for key, weight in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                macs = weight.numel() if key == "weight" else 0
-            elif weight.dim() == 3 and not isinstance(module, nn.Conv1d):
-                macs = weight.numel() * min(top_k or weight.shape[0], weight.shape[0]) // weight.shape[0]
-            else:
-                macs = weight.numel() if weight.dim() == 2 and re.search("Router|Gate", type(module).__name__) else 0
-            if pool and macs:
-                members = pools.setdefault(pool[1], [])
-                members += [0] * (int(pool[2]) + 1 - len(members))
-                members[int(pool[2])] += macs
-            else:
-                total += macs
+        pool = POOL.match(name + ".")
+        macs = _macs(module, top_k)
+        if pool and macs:
+            members = pools.setdefault(pool[1], [])
+            members += [0] * (int(pool[2]) + 1 - len(members))
+            members[int(pool[2])] += macs
+        else:
+            total += macs
     return total + sum(sum(m) * min(top_k or len(m), len(m)) // len(m) for m in pools.values())
+
+
+def _macs(module: nn.Module, top_k: int | None) -> int:
+    """MACs per token of the matrices that a module itself holds."""
+    if isinstance(module, PackedLinear):
+        return module.in_features * module.out_features
+    total = 0
+    for key, weight in module.named_parameters(recurse=False):
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            total += weight.numel() if key == "weight" else 0
+        elif weight.dim() == 3 and not isinstance(module, nn.Conv1d):
+            total += weight.numel() * min(top_k or weight.shape[0], weight.shape[0]) // weight.shape[0]
+        elif weight.dim() == 2 and re.search("Router|Gate", type(module).__name__):
+            total += weight.numel()
+    return total
 
 
 @dataclass(frozen=True)
