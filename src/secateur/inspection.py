@@ -19,6 +19,7 @@ from secateur.errors import SecateurError
 from secateur.measure.size import size
 from secateur.methods.sites import unit_cost
 from secateur.packing import packed_facts
+from secateur.sparse.kernels import status
 
 
 def inspection(origin: Origin, prove: bool) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def inspection(origin: Origin, prove: bool) -> dict[str, Any]:
         out |= {"anatomy": "none", "parameters": sum(p.numel() for p in model.parameters()), "reason": str(error)}
         return out | ({"proved": {}} if prove else {})
     out |= {"anatomy": anatomy.origin, **_sizes(model), "layers": len(anatomy.blocks)}
+    out["kernels"] = status().partition(": ")[2]
     out["tied_embedding"] = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     out["spaces"] = _spaces(config, anatomy, model)
     out["refused"] = [{"space": k, "why": v} for k, v in anatomy.refused.items()]
