@@ -1,0 +1,129 @@
+"""The dry run against what is really there: statistics counted in a walk, and seconds worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from secateur import predict_time
+from secateur.anatomy import anatomy_of
+from secateur.cliff import FINEST, LENGTH, LEVELS, WINDOWS
+from secateur.engine.host.build import describe_skeleton
+from secateur.engine.probes import Gram, InputNorm, PositionSquares
+from secateur.engine.walk import WalkSettings, batches_of, walk
+from secateur.measure.options import MeasureOptions
+from secateur.predict_memory import statistics
+from secateur.predict_time import CALL, OVERHEAD, TRIED, Speed
+from whole_toys import cli, make, said, tokens, write_model, write_text
+
+SMALL = ["--samples", 4, "--length", 10, "--batch-size", 2, "--dry-run", "--json"]
+TOKENS, BATCHES, LAYERS = 40, 2, 3
+BLOCK = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 40  # q and o, k and v, gate, up and down
+HEAD = 64 * 32
+ATTENTION = 2 * 32  # multiply-accumulates per token, cached token and layer: four heads of 8, keys and values
+
+
+class Nothing:
+    """A model in memory needs nothing loaded."""
+
+    def load_block(self, model: Any, index: int, device: torch.device) -> None:
+        return None
+
+    def release_block(self, model: Any, index: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon", "opt", "bert", "mixtral"])
+def test_bytes_of_statistics_are_those_a_walk_gathers(family: str) -> None:
+    """Matrices that read the same input share one Gram matrix, and the dry run knows which do."""
+    model, needs = make(family), (Gram, InputNorm, PositionSquares)
+    anatomy = anatomy_of(describe_skeleton(model))
+    batches = batches_of(tokens(4, 12), 2)
+    for visit in walk(model, anatomy, Nothing(), batches, WalkSettings(needs=needs)):
+        probes = {id(p): p for evidence in visit.evidence.values() for p in evidence.values()}.values()
+        sums = [v for p in probes for v in p.sums.values() if v.dim()]  # scalars beside them count nothing
+        told = statistics(set(needs), visit.block, 12)
+        if family == "mixtral":  # an expert's positions are its own tokens', fewer than a window's
+            sums = [v for p in probes if not isinstance(p, PositionSquares) for v in p.sums.values() if v.dim()]
+            told -= statistics({PositionSquares}, visit.block, 12)
+        found = sum(v.nbytes for v in sums)
+        if family == "falcon":  # what attention and FFN read together is counted for each
+            assert found < told < 1.1 * found
+        else:
+            assert told == found
+
+
+@pytest.fixture
+def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A command to which a space is added, on a machine that multiplies in 1 ns and does all else in no time."""
+    speed = Speed(product=1e-9, measured=1e-9, vector=0.0, score=0.0, logit=0.0, hashed=0.0)
+    monkeypatch.setattr(predict_time, "speed_of", lambda run, first: speed)
+    monkeypatch.setattr(predict_time, "DISK", float("inf"))
+    monkeypatch.setattr(MeasureOptions, "short", classmethod(lambda cls: cls(windows=2, length=16, prompts=())))
+    write_text(tmp_path / "text.txt", words=9000)
+    write_model(tmp_path / "model", max_position_embeddings=1024)
+    return ["prune", tmp_path / "model", "-o", tmp_path / "out", "--text", tmp_path / "text.txt", *SMALL]
+
+
+def ns(count: float) -> float:
+    """Seconds that so many multiply-accumulates of a forward pass take."""
+    return count * 1e-9 * OVERHEAD
+
+
+def test_seconds_of_every_phase(ground: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--space", "ffn", "--score", "wanda", "--keep", "1.0", "--curve"]
+    assert cli(*ground, *words) == 0
+    told = said(capsys)["dry_run"]
+    phases = told["phases"]
+    assert told["seconds"] == pytest.approx(sum(phases.values()), abs=0.01)
+    own = LAYERS * (BLOCK + ATTENTION * 10)  # per token, in windows of ten
+    down = 32 * 40 / BLOCK
+    passes = 2 - 1 / LAYERS - down  # the last block is not run again; the first pass stops before down_proj
+    walked = ns(TOKENS * own * passes) + passes * LAYERS * BATCHES * CALL
+    assert phases["step 1"] == pytest.approx(walked, abs=1e-3)
+    dense = ns(TOKENS * own) + LAYERS * BATCHES * CALL
+    points = len(LEVELS) * ns(WINDOWS * LENGTH * (own + HEAD))
+    assert phases["curve"] == pytest.approx(dense + points, abs=1e-3)
+    measured = 2 * ns(2 * 16 * (LAYERS * (BLOCK + ATTENTION * 10) + HEAD))
+    assert phases["measurement"] == pytest.approx(measured, abs=1e-3)
+
+
+def test_a_search_and_what_is_not_asked_for(ground: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--space", "ffn", "--score", "wanda", "--no-measure"]
+    assert cli(*ground, *words, "--at-most-worse", "5%") == 0
+    phases = said(capsys)["dry_run"]["phases"]
+    once = ns(WINDOWS * LENGTH * (LAYERS * (BLOCK + ATTENTION * 10) + HEAD))
+    bisections = 7  # of 128ths
+    assert 2**bisections == FINEST
+    least = (1 + bisections + TRIED) * once
+    assert phases["search of step 1"] > least
+    assert phases["search of step 1"] < least + 4 * (phases["step 1"] + 0.01)
+    assert "measurement" not in phases and "curve" not in phases
+    assert cli(*ground, "--space", "ffn", "--score", "magnitude", "--keep", "0.5", "--no-measure") == 0
+    assert said(capsys)["dry_run"]["phases"]["step 1"] == 0.0  # no text is read
+
+
+def test_a_real_trial_gives_plausible_speeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Speed] = []
+    real = predict_time.speed_of
+
+    def spy(run: Any, first: Any) -> Speed:
+        seen.append(real(run, first))
+        return seen[-1]
+
+    monkeypatch.setattr(predict_time, "speed_of", spy)
+    write_text(tmp_path / "text.txt")
+    words = ["prune", write_model(tmp_path / "model"), "-o", tmp_path / "out", "--text", tmp_path / "text.txt", *SMALL]
+    for more in (
+        ["weight", "--method", "sparsegpt", "--sparsity", "0.5"],
+        ["weight", "--score", "wanda", "--grain", "2:4"],
+    ):
+        assert cli(*words, "--no-measure", "--space", *more) == 0
+        assert said(capsys)["dry_run"]["seconds"] > 0
+    for speed in seen:
+        assert all(1e-13 < value < 1e-3 for value in vars(speed).values())
