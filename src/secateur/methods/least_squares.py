@@ -99,7 +99,7 @@ def _check(gram: Tensor, target: Tensor, mask: Tensor, damping: float) -> None:
 
 def _alike(mask: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Rows whose mask no other row has, and the others by equal masks."""
-    packed = np.packbits(mask.cpu().numpy(), axis=1)
+    packed = np.ascontiguousarray(np.packbits(mask.cpu().numpy(), axis=1))
     keys = packed.view(np.dtype((np.void, packed.shape[1]))).reshape(-1) if packed.size else np.zeros(len(mask))
     _, group, count = np.unique(keys, return_inverse=True, return_counts=True)
     order = np.argsort(group, kind="stable")

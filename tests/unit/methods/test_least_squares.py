@@ -67,6 +67,8 @@ def test_rows_with_equal_masks_share_and_chunks_do_not_change_the_answer(monkeyp
     monkeypatch.setattr(least_squares, "BYTES", 1)
     single = masked_least_squares(gram, gram @ w.double().T, mask, 0.01, w.double())
     torch.testing.assert_close(together, single, rtol=1e-9, atol=1e-10)
+    turned = masked_least_squares(gram, gram @ w.double().T, mask.T.contiguous().T, 0.01, w.double())
+    assert torch.allclose(turned, single)  # whatever the mask's memory layout
     assert not together[5].any()
     torch.testing.assert_close(together[6], w[6].double(), rtol=1e-8, atol=1e-9)  # nothing goes: nothing changes
 

@@ -6,6 +6,20 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from secateur.methods.base import Method
+from secateur.methods.joint.admm import ADMM
+from secateur.methods.joint.alps import ALPS
+from secateur.methods.joint.dsnot import DSnoT
+from secateur.methods.joint.obs import SetOBS
 from secateur.methods.joint.sparsegpt import SparseGPT
+from secateur.methods.joint.swaps import SparseSwaps
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType({"sparsegpt": SparseGPT})
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {
+        "sparsegpt": SparseGPT,
+        "obs": SetOBS,
+        "admm": ADMM,
+        "alps": ALPS,
+        "sparseswaps": SparseSwaps,
+        "dsnot": DSnoT,
+    }
+)

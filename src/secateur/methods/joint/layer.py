@@ -1,0 +1,159 @@
+"""What methods share that solve one layer's problem from X^T X: matrices of one input, side by side, made safe.
+
+minimise over masks and weights:   sum over rows |X w - X w0|^2  =  (w - w0)^T (X^T X) (w - w0)
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.engine.probes import Evidence, Gram
+from secateur.errors import SecateurError
+from secateur.methods.base import Keep, MatrixSite, Method
+from secateur.methods.grains import Grain
+from secateur.methods.least_squares import damped, refit
+
+
+@dataclass
+class Layer:
+    """Matrices that read the same input.
+
+    Attributes:
+        weights: per matrix, fp32 [out, in]; columns of inputs that never fire are 0.
+        gram: X^T X, fp32 [in, in].
+        counts: grain units that stay, per matrix.
+        evidence: per matrix, as it was given.
+        sites: per matrix, with ``weights`` in place of the original weights.
+        silent: no token was seen at all (an expert that was never chosen): nothing is known, ``weights`` are whole.
+    """
+
+    weights: list[Tensor]
+    gram: Tensor
+    counts: list[int]
+    evidence: list[Evidence]
+    sites: list[MatrixSite]
+    silent: bool
+
+    @staticmethod
+    def of(sites: Sequence[MatrixSite], evidence: Sequence[Evidence], counts: Sequence[int]) -> Layer:
+        """Sites with the same statistics as one layer.
+
+        Raises:
+            SecateurError: weights or statistics that are not finite.
+        """
+        name = ", ".join(site.name for site in sites)
+        gram = evidence[0][Gram].gram.to(sites[0].weight.device)
+        if not torch.isfinite(gram.sum()):
+            raise SecateurError(
+                f"{name}: the inputs' statistics are not finite",
+                works="check weights and text for NaN and Inf, or run the forward passes with --dtype fp32",
+            )
+        dead = gram.diagonal() <= 0
+        silent = bool(dead.all())
+        if silent:
+            dead = torch.zeros_like(dead)
+        weights, own = [], []
+        for site in sites:
+            weight = site.weight.float()
+            if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+                raise SecateurError(f"{site.name}: weights are not finite", works="a checkpoint without NaN and Inf")
+            weights.append(weight.masked_fill(dead, 0))
+            own.append(MatrixSite(site.name, weights[-1], site.component, site.block, site.blocks, site.generator))
+        return Layer(weights, gram, list(counts), list(evidence), own, silent)
+
+    def scaled(self, before: float = 0.0, after: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The Gram matrix with inputs of norm one, and the norms [in] that weights are multiplied by.
+
+        Args:
+            before: damping of X^T X, as a share of its mean diagonal, before it is scaled.
+            after: damping added to the unit diagonal afterwards.
+        """
+        h, _ = damped(self.gram, before)
+        norm = torch.where(h.diagonal() > 0, h.diagonal(), 1.0).sqrt()
+        h.div_(norm).div_(norm.unsqueeze(1))
+        h.diagonal().fill_(1.0 + after)
+        return h, norm
+
+
+class LayerMethod(Method):
+    """A method that decides about each matrix from its layer's X^T X; matrices of one input come together."""
+
+    needs = (Gram,)
+    grain: Grain
+    damping: float
+
+    @abstractmethod
+    def solve(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
+        """Per matrix: booleans [out, in], and the survivors' new values (None: as they were)."""
+
+    def prune(self, site: MatrixSite, evidence: Evidence, count: int) -> Keep:
+        return self.prune_many([site], [evidence], [count])[0]
+
+    def prune_many(
+        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], counts: Sequence[int]
+    ) -> list[Keep]:
+        """Matrices whose evidence is the same Gram matrix share what is computed from it."""
+        answers: dict[int, Keep] = {}
+        shared: dict[tuple[int, int], list[int]] = {}
+        for at, (site, seen, count) in enumerate(zip(sites, evidence, counts, strict=True)):
+            shape = tuple(site.weight.shape)
+            if count == self.grain.units(shape):
+                answers[at] = Keep(torch.ones_like(site.weight, dtype=torch.bool), site.weight)
+            else:
+                self.grain.check(shape)
+                check_count(self.grain, shape, count)
+                shared.setdefault((id(seen[Gram]), shape[1]), []).append(at)
+        for members in shared.values():
+            group = [[part[at] for at in members] for part in (sites, evidence, counts)]
+            layer = Layer.of(*group)  # type: ignore[arg-type]
+            solved = self._largest(layer) if layer.silent else self.solve(layer)
+            for at, (mask, weight) in zip(members, solved, strict=True):
+                answers[at] = Keep(mask, None if weight is None else weight.masked_fill_(~mask, 0))
+        return [answers[at] for at in range(len(sites))]
+
+    def _largest(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
+        pairs = zip(layer.weights, layer.counts, strict=True)
+        return [(self.grain.select(w.square(), count), w.clone()) for w, count in pairs]
+
+    def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor | None:
+        """Least squares on the survivors that were decided elsewhere."""
+        if bool(mask.all()):
+            return site.weight
+        layer = Layer.of([site], [evidence], [0])
+        if layer.silent:
+            return site.weight.masked_fill(~mask.to(site.weight.device), 0)
+        return refit(layer.gram, layer.weights[0], mask.to(site.weight.device), self.damping)
+
+
+def check_count(grain: Grain, shape: tuple[int, ...], count: int) -> None:
+    """Refuse a count that this grain cannot keep, before anything heavy."""
+    fixed = getattr(grain, "n", None)
+    if fixed is not None and count != grain.groups(shape) * fixed:
+        raise SecateurError(f"{grain} fixes how many stay", received=count, works="leave keep out")
+    if not 0 <= count <= grain.units(shape):
+        raise SecateurError(
+            f"cannot keep {count} of {grain.units(shape)}",
+            received=count,
+            works=f"a count from 0 to {grain.units(shape)}",
+        )
+
+
+def check_damping(damping: float, least: float = 0.0) -> None:
+    """Refuse a damping that makes no sense."""
+    if not least <= damping < 1e6:
+        raise SecateurError(
+            "damping must not be negative" if least == 0 else f"damping must be at least {least:g}",
+            received=damping,
+            works="damping: 0.01",
+        )
+
+
+def check_steps(name: str, value: int, least: int = 0) -> None:
+    """Refuse a number of rounds that is too small."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SecateurError(f"{name} is a whole number from {least}", received=value, works=f"{name}: {max(least, 10)}")
