@@ -19,6 +19,9 @@ from whole_toys import cli, write_model, write_text
 STEPS = {
     "wanda": ["--space", "weight", "--score", "wanda", "--sparsity", 0.5],
     "sparsegpt": ["--space", "weight", "--method", "sparsegpt", "--sparsity", 0.5],
+    "repaired": [
+        *["--space", "weight", "--score", "wanda", "--sparsity", 0.5, "--repair", "least_squares", "--fit-on", "mix"],
+    ],
     "pooled-taylor": ["--space", "ffn", "--score", "taylor", "--keep", "0.75", "--budget", "pooled"],
 }
 # one interpreter start and one process group for all runs; every process notes what it writes
