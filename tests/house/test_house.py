@@ -211,7 +211,7 @@ def test_the_commands_of_the_pages_parse() -> None:
     found = 0
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for line in re.findall(
-            r"^ *(?:\$ )?secateur ((?:inspect|prune|plan|measure|report) .*)$", page.read_text(), re.M
+            r"^ *(?:\$ )?secateur ((?:inspect|prune|plan|measure|report|pack|unpack) .*)$", page.read_text(), re.M
         ):
             if "..." in line or "[" in line:
                 continue
