@@ -6,6 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from secateur.anatomy import anatomy_of
+from secateur.engine.host.build import describe_skeleton
 from secateur.engine.host.origin import Origin, raw_config, resolve
 from secateur.engine.packed import check_dtype, pack_checkpoint, unpack_checkpoint, write_packed
 from secateur.engine.packed_files import PackedEntry, is_packed, packed_dtype, part_prefix, read_packed
@@ -14,6 +18,8 @@ from secateur.engine.store import Store
 from secateur.engine.write import writing
 from secateur.measure.size import file_bytes
 from secateur.progress import Progress, Silent
+from secateur.sparse.formats import CSR_FROM, DTYPES
+from secateur.sparse.layout import COLUMNS, ROWS, up
 
 
 def pack(
@@ -113,6 +119,30 @@ def packed_in_place(ready: Path, origin: Origin, dtype: str) -> None:
     with writing(ready):
         ready.rename(plain)
         made.rename(ready)
+
+
+def packed_bytes(model: nn.Module, zeros: int, dtype: str) -> int:
+    """What a model's files will take packed, its zeros spread evenly over the matrices (bitmask, csr or dense).
+
+    Args:
+        model: at its final sizes; on the meta device will do.
+        zeros: in its matrices.
+        dtype: of the matrices: fp32, bf16, fp16 or int8.
+    """
+    width = DTYPES[dtype].itemsize
+    matrices = [m for block in anatomy_of(describe_skeleton(model)).blocks for m in block.matrices]
+    weights = sum(m.numel for m in matrices)
+    total = (sum(p.numel() for p in model.parameters()) - weights) * max(width, 2)
+    share = min(zeros / max(weights, 1), 1.0)
+    for m in matrices:
+        (out, ins), count = m.shape, max(m.experts, 1)
+        kept = round(out * ins * (1 - share))
+        index = 2 if ins <= 1 << 15 else 4
+        bitmask = 8 * up(out, ROWS) * up(ins, COLUMNS) + 8 * (up(out, ROWS) + 1) + width * kept
+        csr = 8 * (out + 1) + (index + width) * kept
+        found = min(csr if share >= CSR_FROM else bitmask, width * out * ins)
+        total += count * (found + (4 * out if dtype == "int8" else 0))
+    return total
 
 
 def _ticks(progress: Progress | None, phase: str) -> Any:

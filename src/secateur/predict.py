@@ -16,6 +16,7 @@ from secateur.engine.apply import cut_block, cut_layers, get_tensor
 from secateur.engine.plan import Plan
 from secateur.goals import settled
 from secateur.measure.size import size
+from secateur.packing import packed_bytes
 from secateur.parts import parts_of
 from secateur.predict_memory import ram
 from secateur.predict_time import durations
@@ -67,7 +68,7 @@ def predict(run: _Run, first: Stage) -> Forecast:
     return Forecast(
         (before.parameters, after.parameters),
         (before.parameters, after.parameters - zeros),
-        (whole, written),
+        (whole, packed_bytes(after_model, zeros, run.recipe.pack) if run.recipe.pack else written),
         (before.kv_bytes_per_token, after.kv_bytes_per_token),
         (before.macs_per_token, after.macs_per_token),
         sum(parts.values()),

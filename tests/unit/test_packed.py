@@ -383,3 +383,7 @@ def test_the_report_of_a_packed_result_weighs_the_packed_files(
     assert packed["bytes"] == sum(len(b) for b in weights_of(tmp_path / "p").values()) < dense["bytes"]
     assert packed["nonzero"] < dense["nonzero"] and packed["parameters"] == dense["parameters"]
     assert "secateur.load" in (tmp_path / "p" / "README.md").read_text()
+    assert cli("prune", tmp_path / "m", "-o", tmp_path / "q", *words, "--dry-run") == 0
+    predicted = said(capsys)["dry_run"]["bytes"][1]
+    headers = sum(8 + int.from_bytes(b[:8], "little") for b in weights_of(tmp_path / "p").values())
+    assert predicted == packed["bytes"] - headers
