@@ -2,6 +2,8 @@
 
 Exit codes: 0 done, 2 bad input (one message on standard error), 1 our own failure, 130 interrupted.
 Standard output carries the result and nothing else; progress goes to standard error when that is a terminal.
+
+Long because every verb's options stand in one place.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from secateur.errors import SecateurError
-from secateur.helptext import ABOUT, INSPECT, MEASURE, MODEL, PACK, PLAN, PRUNE, REPORT, UNPACK
+from secateur.helptext import ABOUT, BENCH, INSPECT, MEASURE, MODEL, PACK, PLAN, PRUNE, REPORT, RUN, UNPACK
 
 if TYPE_CHECKING:
     from secateur.progress import Progress
@@ -139,6 +141,43 @@ def _measure(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     return measured(*run.measure(request, progress=progress)), None
 
 
+def _write(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
+    from secateur import speed
+    from secateur.engine.running import Opening
+    from secateur.printing import plain
+
+    how = Opening(args.model, args.dtype, args.own_kernel, args.compile, args.trust_remote_code, args.revision)
+    request = speed.RunRequest(how, args.prompt, args.max_new_tokens, args.threads)
+    return plain(speed.write(request, progress)), None
+
+
+def _bench(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
+    from secateur import speed
+    from secateur.measure.bench import BenchOptions
+    from secateur.printing import plain
+
+    request = speed.BenchRequest(
+        models=tuple(args.models),
+        options=BenchOptions(_counts(args.batch), _counts(args.prompt_tokens), args.new_tokens, args.rounds),
+        dtype=args.dtype,
+        threads=args.threads,
+        own_kernel=args.own_kernel,
+        compiled=args.compile,
+        memory=not args.no_memory,
+        trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
+    )
+    return plain(speed.compare(request, progress)), None
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """``1,4`` as numbers."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise SecateurError("not a list of whole numbers", received=text, works="1,4 works") from error
+
+
 def _pack(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
     from secateur import packing
     from secateur.engine.host.origin import resolve
@@ -234,6 +273,25 @@ def _parser() -> _Parser:
     _origin(p)
     p.set_defaults(verb=_measure)
 
+    p = verbs.add_parser("run", help="continue a prompt", description=RUN, **shape)
+    p.add_argument("model", metavar="MODEL", help=MODEL)
+    p.add_argument("--prompt", metavar="TEXT", required=True, help="what the model continues")
+    p.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="tokens to write at most (64)")
+    p.add_argument("--own-kernel", action="store_true", help="run a plain model on our dense kernel")
+    _speed(p)
+    p.set_defaults(verb=_write)
+
+    p = verbs.add_parser("bench", help="time models side by side", description=BENCH, **shape)
+    p.add_argument("models", metavar="MODEL", nargs="+", help=f"{MODEL}; the first is the reference")
+    p.add_argument("--batch", metavar="N,N", default="1,4", help="sequences at once (1,4); 1 is the headline")
+    p.add_argument("--prompt-tokens", metavar="N,N", default="64,256", help="prompt lengths (64,256)")
+    p.add_argument("--new-tokens", metavar="N", type=int, default=24, help="tokens written after each prompt (24)")
+    p.add_argument("--rounds", metavar="N", type=int, default=5, help="turns that count (5)")
+    p.add_argument("--own-kernel", action="store_true", help="also a dense model on our dense kernel, as the last row")
+    p.add_argument("--no-memory", action="store_true", help="leave out the process per model that measures memory")
+    _speed(p)
+    p.set_defaults(verb=_bench)
+
     for name, text, about in (("pack", PACK, "leave zeros out of the files"), ("unpack", UNPACK, "undo pack, exactly")):
         p = verbs.add_parser(name, help=about, description=text, **shape)
         p.add_argument("model", metavar="MODEL", help=MODEL if name == "pack" else "a directory that pack wrote")
@@ -260,7 +318,7 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--score", metavar="NAME", help="magnitude, wanda, ria, taylor, ... (docs/methods.md lists all)")
     g.add_argument("--method", metavar="NAME", help="sparsegpt: choose and repair in one sweep")
     g.add_argument("--repair", metavar="NAME", help="least_squares, mean_bias or local_reconstruction: mend what stays")
-    g.add_argument("--fit-on", metavar="S", help="dense, pruned or mix: whose inputs (and outputs) layers are fitted on")
+    g.add_argument("--fit-on", metavar="S", help="dense, pruned or mix: whose inputs/outputs layers are fitted on")
     g.add_argument("--grain", help="row, matrix, columns:128, 2:4, tile:16x16 or unit: who competes with whom")
     g.add_argument("--include", metavar="PATTERN", action="append", help="only tensors whose name matches (repeatable)")
     g.add_argument("--exclude", metavar="PATTERN", action="append", help="not tensors whose name matches (repeatable)")
@@ -292,6 +350,13 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--no-measure", action="store_true", help="leave out the short measurement at the end")
     g.add_argument("--pack", metavar="DTYPE", nargs="?", const="bf16", help="write the result packed (bf16; see pack)")
     g.add_argument("--plan", metavar="FILE", help="replay a saved plan instead of choosing")
+    _origin(p)
+
+
+def _speed(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dtype", help="fp32, bf16 or fp16 (the model's own); packed matrices keep theirs")
+    p.add_argument("--threads", metavar="N", type=int, help="CPU threads")
+    p.add_argument("--compile", action="store_true", help="torch.compile for the step of what runs in Transformers")
     _origin(p)
 
 

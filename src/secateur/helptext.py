@@ -50,6 +50,20 @@ Measure models side by side; the first is the reference for differences.
   secateur measure smollm2 out/half --latency
   secateur measure smollm2 out/half --text wikitext2-test.txt --windows 64 --dtype bf16 --json
   secateur measure smollm2 out/half --choices piqa-dev.jsonl"""
+RUN = """\
+Continue a prompt, greedily. A packed model runs on the kernels that skip zeros, a plain one in untouched
+Transformers.
+
+  secateur run out/half-packed --prompt "The capital of France is"
+  secateur run smollm2 --prompt "The capital of France is" --max-new-tokens 32 --dtype bf16 --json"""
+BENCH = """\
+Time models side by side, taking turns: the prompt, the first token, each token after it, and memory. Ratios
+are to the first model. Plain models run in untouched Transformers, packed ones on our kernels.
+
+  secateur bench smollm2 out/half-packed --dtype bf16
+  secateur bench smollm2 out/half-packed --own-kernel    the dense model on our dense kernel, too: what
+                                                         remains is what skipping zeros gains
+  secateur bench smollm2 out/half-packed --batch 1,2,8 --prompt-tokens 16,512 --threads 2 --json"""
 PACK = """\
 Write a model with its zeros left out: smaller files, and faster on CPU, where `secateur.load` and
 `secateur run` skip the zeros. Half of the weights zero, in bf16: 9/16 of the matrices' bytes.

@@ -81,7 +81,7 @@ def measured(models: Sequence[Measurement], against: Sequence[Comparison]) -> di
 
 
 _BYTES = frozenset({"bytes", "rss", "ram", "disk"})  # words of a key whose integers are bytes
-_HIDDEN = ("model", "notes", "perplexity_conditions", "latency", "generations", "against_first")
+_HIDDEN = ("model", "notes", "perplexity_conditions", "latency", "generations", "against_first", "shapes")
 
 
 def page(data: Mapping[str, Any]) -> list[RenderableType]:
@@ -95,6 +95,8 @@ def page(data: Mapping[str, Any]) -> list[RenderableType]:
         name = key.replace("_", " ")
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             out += [Text(""), _sideways(name, value) if key == "models" else _table(name, value)]
+            if shapes := [{"model": row["model"], **shape} for row in value for shape in row.get("shapes", ())]:
+                out += [Text(""), _table("every shape", shapes)]
             out += [
                 Text(f"{row['model']}: {cell(row['notes'])}") for row in value if key == "models" and row.get("notes")
             ]

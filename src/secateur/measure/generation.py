@@ -35,7 +35,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], new_token
     Returns:
         Per prompt the new text only.
     """
-    stop = _stops(model, tokenizer)
+    stop = stops(model, tokenizer)
     out = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
@@ -49,7 +49,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], new_token
     return tuple(out)
 
 
-def _stops(model: nn.Module, tokenizer: Any) -> set[int]:
+def stops(model: nn.Module, tokenizer: Any) -> set[int]:
     """End-of-sequence ids of the generation config, the config and the tokenizer."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
