@@ -264,14 +264,12 @@ def _by_block(anatomy: Anatomy, keeps: Mapping[str, Keeps]) -> list[tuple[Block,
 
 def _check_layers(anatomy: Anatomy, keep: Tensor) -> None:
     if anatomy.layer is None:
-        raise SecateurError(
-            f"layers of {anatomy.family!r} cannot be removed: {anatomy.refused.get('layer', 'not known to be safe')}",
-            works=f"another space ({', '.join(anatomy.spaces())})",
-        )
-    n = len(anatomy.blocks)
-    if keep.dtype != torch.bool or tuple(keep.shape) != (n,) or not bool(keep.any()):
+        why = anatomy.refused.get("layer", "not known to be safe")
+        works = f"another space ({', '.join(anatomy.spaces())})"
+        raise SecateurError(f"layers of {anatomy.family!r} cannot be removed: {why}", works=works)
+    if keep.dtype != torch.bool or tuple(keep.shape) != (len(anatomy.blocks),) or not bool(keep.any()):
         got = f"{keep.dtype} of shape {list(keep.shape)}, {int(keep.sum())} True"
-        raise SecateurError(f"layers take {n} booleans", received=got, works="True for those that stay, at least one")
+        raise SecateurError(f"layers take {len(anatomy.blocks)} booleans", received=got, works="at least one True")
 
 
 def cut_layers(model: nn.Module, anatomy: Anatomy, keep: Tensor) -> None:
@@ -378,8 +376,7 @@ def updated_config(config: Any, anatomy: Anatomy, keeps: Mapping[str, Keeps]) ->
     text = config.get_text_config()
     by_layer = _layer_fields(text, anatomy.layer, layers) if layers is not None and anatomy.layer else {}
     kept = tuple(b.index for b in stay) if layers is not None else None
-    if not reason:
-        reason = _misfit(config, {**fields, **by_layer}, anatomy, keeps)
+    reason = reason or _misfit(config, {**fields, **by_layer}, anatomy, keeps)
     if reason:
         fields = {}
     return ConfigChange({**fields, **by_layer}, not reason, per_layer, sizes, kept, reason)
