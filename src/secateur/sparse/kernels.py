@@ -11,13 +11,9 @@ a cache. Where the library is missing, the handle holds the matrix in torch's CS
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,12 +21,12 @@ from torch import Tensor
 from secateur.errors import SecateurError, unknown
 from secateur.sparse.formats import Packed, decode, unpack
 from secateur.sparse.layout import ROWS, up
+from secateur.sparse.library import LEVELS, available, levels, library, status, why_missing
 from secateur.sparse.verify import tile_starts, verify
 
-LEVELS = ("portable", "avx2", "avx512")
+__all__ = ["Handle", "available", "counted", "levels", "library", "product", "row_blocks", "status", "why_missing"]
 KINDS = ("bitmask", "csr", "tile", "columns", "dense")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-ABI = 1
 LIMIT = 16  # tokens up to which the packed kernel runs where nothing was calibrated
 PANEL = 1 << 20  # weights unpacked at a time
 WIDEST_PLANES = 1 << 16  # inputs up to which sums of int8 products fit 32 bits
@@ -48,66 +44,6 @@ class _Matrix(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
     )
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The library, or why there is none."""
-
-    library: ctypes.CDLL | None
-    reason: str = ""
-
-
-@cache
-def _found() -> _Found:
-    if os.environ.get("SECATEUR_NO_KERNELS") == "1":
-        return _Found(None, "SECATEUR_NO_KERNELS=1 hides them")
-    here = Path(__file__).parent
-    paths = [here / f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((p for p in paths if p.is_file()), None)
-    if path is None:
-        return _Found(None, "they are not built; install a C++ compiler and install secateur again")
-    try:
-        library = ctypes.CDLL(str(path))
-        if library.secateur_abi() != ABI:
-            return _Found(None, "they were built for another version; install secateur again")
-    except (OSError, AttributeError) as error:
-        return _Found(None, f"{path.name} does not load: {error}")
-    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    library.secateur_product.argtypes = (pointer, pointer, i32, i64, pointer, pointer, i32, i32)
-    library.secateur_product.restype = i64
-    library.secateur_unpack.argtypes = (pointer, pointer, i32, i64, i64, i32, i32)
-    library.secateur_unpack.restype = None
-    return _Found(library)
-
-
-def library() -> ctypes.CDLL | None:
-    """The C library, or None where it is not built or hidden."""
-    return _found().library
-
-
-@cache
-def levels() -> tuple[str, ...]:
-    """The instruction levels that this CPU and this build have, slowest first; none without the library."""
-    found = library()
-    return tuple(word for i, word in enumerate(LEVELS) if found and found.secateur_has(i))
-
-
-def available() -> str | None:
-    """The level that products run at: ``avx512``, ``avx2``, ``portable``, or None without the library."""
-    return levels()[-1] if levels() else None
-
-
-def why_missing() -> str:
-    """Why there are no kernels; empty where there are."""
-    return _found().reason
-
-
-def status() -> str:
-    """One line for people: which kernels run, or why none do and what runs instead."""
-    if available():
-        return f"kernels that skip zeros: {available()}"
-    return f"kernels that skip zeros: missing ({why_missing()}); packed weights run through torch"
 
 
 class Handle:

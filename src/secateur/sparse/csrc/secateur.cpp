@@ -17,7 +17,7 @@
 namespace secateur {
 namespace {
 
-constexpr i32 ABI = 1;
+constexpr i32 ABI = 2;
 
 bool has(i32 level) {
 #if defined(__x86_64__)
@@ -283,27 +283,33 @@ EXPORT void secateur_unpack(const Matrix* matrix, void* panel, i32 bf16, i64 beg
   });
 }
 
-// The bitmask of a row-major matrix of values of 4, 2 or 1 bytes in which zero is all bits zero: fills the words, and
-// the non-zeros where `values` is given; offsets [row blocks + 1] are counted on the first pass and read on the second.
-EXPORT void secateur_pack(const void* matrix, i64 bytes, i64 rows, i64 columns, u64* mask, i64* offsets, void* values,
-                          i32 threads) {
-  const i64 blocks = (rows + BLOCK - 1) / BLOCK, words = (columns + 3) / 4, per = 4 / bytes;
+// Visits the bits of a bitmask's words in order: f(bit, place in the matrix), only those inside it.
+template <class T, class F>
+static inline void each_bit(i64 rows, i64 columns, i64 block, i64 word, F&& f) {
+  constexpr i64 PER = 4 / i64(sizeof(T));
+  for (i64 step = 0; step < 4 / PER; step++)
+    for (i64 row = 0; row < BLOCK; row++)
+      for (i64 c = 0; c < PER; c++) {
+        const i64 y = block * BLOCK + row, x = 4 * word + step * PER + c;
+        if (y < rows && x < columns) f((step * BLOCK + row) * PER + c, y * columns + x);
+      }
+}
+
+template <class T>
+static void pack_blocks(const T* matrix, i64 rows, i64 columns, u64* mask, i64* offsets, T* values, i32 threads) {
+  const i64 blocks = (rows + BLOCK - 1) / BLOCK, words = (columns + 3) / 4;
   split(blocks, threads, [&](i64 begin, i64 end, i64) {
     for (i64 block = begin; block < end; block++) {
-      i64 count = 0;
-      char* to = values ? (char*)values + offsets[block] * bytes : nullptr;
+      i64 count = values ? offsets[block] : 0;
       for (i64 w = 0; w < words; w++) {
         u64 word = 0;
-        for (i64 bit = 0; bit < 64; bit++) {
-          const i64 row = block * BLOCK + bit / per % BLOCK, column = 4 * w + bit / (BLOCK * per) * per + bit % per;
-          if (row >= rows || column >= columns) continue;
-          u32 value = 0;
-          const char* from = (const char*)matrix + (row * columns + column) * bytes;
-          memcpy(&value, from, size_t(bytes));
-          if (!value) continue;
-          word |= u64(1) << bit, count++;
-          if (to) memcpy(to, from, size_t(bytes)), to += bytes;
-        }
+        each_bit<T>(rows, columns, block, w, [&](i64 bit, i64 at) {
+          const T value = matrix[at];
+          if (!value) return;
+          word |= u64(1) << bit;
+          if (values) values[count] = value;
+          count++;
+        });
         mask[block * words + w] = word;
       }
       if (!values) offsets[block + 1] = count;
@@ -312,4 +318,38 @@ EXPORT void secateur_pack(const void* matrix, i64 bytes, i64 rows, i64 columns, 
   if (values) return;
   offsets[0] = 0;
   for (i64 block = 0; block < blocks; block++) offsets[block + 1] += offsets[block];
+}
+
+template <class T>
+static void decode_blocks(const u64* mask, const i64* offsets, const T* values, i64 rows, i64 columns, T* matrix,
+                          i32 threads) {
+  const i64 blocks = (rows + BLOCK - 1) / BLOCK, words = (columns + 3) / 4;
+  split(blocks, threads, [&](i64 begin, i64 end, i64) {
+    for (i64 block = begin; block < end; block++) {
+      const T* next = values + offsets[block];
+      for (i64 w = 0; w < words; w++) {
+        const u64 word = mask[block * words + w];
+        each_bit<T>(rows, columns, block, w, [&](i64 bit, i64 at) { matrix[at] = word >> bit & 1 ? *next++ : T(0); });
+      }
+    }
+  });
+}
+
+// The bitmask of a row-major matrix of values of 4, 2 or 1 bytes in which a zero is all bits zero. The first pass
+// (without values) fills the words and counts offsets [row blocks + 1]; the second fills the values.
+EXPORT void secateur_pack(const void* matrix, i64 bytes, i64 rows, i64 columns, void* mask, void* offsets,
+                          void* values, i32 threads) {
+  if (bytes == 4) pack_blocks((const u32*)matrix, rows, columns, (u64*)mask, (i64*)offsets, (u32*)values, threads);
+  if (bytes == 2) pack_blocks((const u16*)matrix, rows, columns, (u64*)mask, (i64*)offsets, (u16*)values, threads);
+  if (bytes == 1) pack_blocks((const u8*)matrix, rows, columns, (u64*)mask, (i64*)offsets, (u8*)values, threads);
+}
+
+// The row-major matrix of a bitmask, bit for bit.
+EXPORT void secateur_decode(const void* mask, const void* offsets, const void* values, i64 bytes, i64 rows, i64 columns,
+                            void* matrix, i32 threads) {
+  const u64* m = (const u64*)mask;
+  const i64* o = (const i64*)offsets;
+  if (bytes == 4) decode_blocks(m, o, (const u32*)values, rows, columns, (u32*)matrix, threads);
+  if (bytes == 2) decode_blocks(m, o, (const u16*)values, rows, columns, (u16*)matrix, threads);
+  if (bytes == 1) decode_blocks(m, o, (const u8*)values, rows, columns, (u8*)matrix, threads);
 }
