@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
-from secateur.methods import grains
+from secateur.methods import fitting, grains
+from secateur.methods.base import PartRepair
 from secateur.methods.budgets import BUDGETS, protected
 from secateur.methods.joint import METHODS
 from secateur.methods.legal import legal_spaces
+from secateur.methods.repairs import REPAIRS
 from secateur.methods.scores import SCORES
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
@@ -20,7 +22,7 @@ HEAD = """# Methods
 <!-- Written by benchmarks/methods_table.py from the docstrings; do not edit. -->
 
 A method is a score (what matters), a grain (who competes with whom) and a budget (how much every site keeps), or a
-joint method that chooses and repairs in one sweep. Higher scores stay; *keep* is what stays.
+joint method that chooses and repairs in one sweep. A repair may follow. Higher scores stay; *keep* is what stays.
 """
 
 
@@ -33,6 +35,8 @@ def page() -> str:
     parts += [_details(BUDGETS), "### protect\n", protected.__doc__ or ""]
     parts += ["## Joint methods\n", _table(("`--method`", "what", "statistics", "options"), _joint())]
     parts += [_details(METHODS)]
+    parts += ["## Repairs\n", _table(("`--repair`", "what", "spaces", "statistics", "options"), _repairs())]
+    parts += [_details(REPAIRS), "### fit-on\n", _body(fitting.__doc__ or "")]
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
@@ -50,6 +54,12 @@ def _budgets() -> Iterable[tuple[str, ...]]:
 def _joint() -> Iterable[tuple[str, ...]]:
     for name, cls in METHODS.items():
         yield f"`{name}`", _first(cls), _needs(cls), _options(cls)
+
+
+def _repairs() -> Iterable[tuple[str, ...]]:
+    for name, cls in REPAIRS.items():
+        statistics = "activations" if issubclass(cls, PartRepair) else _needs(cls)
+        yield f"`{name}`", _first(cls), ", ".join(cls.spaces), statistics, _options(cls)
 
 
 def _first(cls: type) -> str:

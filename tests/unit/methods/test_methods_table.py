@@ -7,6 +7,7 @@ from pathlib import Path
 
 from secateur.methods.budgets import BUDGETS
 from secateur.methods.joint import METHODS
+from secateur.methods.repairs import REPAIRS
 from secateur.methods.scores import SCORES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,5 +21,5 @@ def test_page_is_up_to_date() -> None:
     spec.loader.exec_module(module)
     page = module.page()
     assert (ROOT / "docs" / "methods.md").read_text("utf-8") == page, "run python benchmarks/methods_table.py"
-    for name in (*SCORES, *BUDGETS, *METHODS):
+    for name in (*SCORES, *BUDGETS, *METHODS, *REPAIRS):
         assert f"| `{name}` |" in page
