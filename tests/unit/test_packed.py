@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BertForMaskedLM
 
 import secateur
+from secateur import packing, run
 from secateur.anatomy import anatomy_of
 from secateur.engine import write
 from secateur.engine.apply import cut
@@ -387,3 +388,37 @@ def test_the_report_of_a_packed_result_weighs_the_packed_files(
     predicted = said(capsys)["dry_run"]["bytes"][1]
     headers = sum(8 + int.from_bytes(b[:8], "little") for b in weights_of(tmp_path / "p").values())
     assert predicted == packed["bytes"] - headers
+
+
+@pytest.mark.parametrize("point", ["while it packs", "between two names", "before it is published"])
+def test_a_run_stopped_while_packing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    write_model(tmp_path / "m")
+    words = ("--space", "weight", "--score", "magnitude", "--sparsity", "0.5", "--no-measure", "--pack")
+    assert cli("prune", tmp_path / "m", "-o", tmp_path / "a", *words) == 0
+    real_write, real_rename = packing.write_packed, Path.rename
+
+    def stop(store: Store, ready: Path, dtype: str) -> None:
+        real_write(store, ready, dtype)
+        (ready / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    def stop_at(self: Path, target: Path) -> Path:
+        if self.name == "packed":
+            raise KeyboardInterrupt
+        return real_rename(self, target)
+
+    def stop_publishing(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if point == "while it packs":
+            patch.setattr(packing, "write_packed", stop)
+        elif point == "between two names":
+            patch.setattr(Path, "rename", stop_at)
+        else:
+            patch.setattr(run, "publish", stop_publishing)
+        assert cli("prune", tmp_path / "m", "-o", tmp_path / "b", *words) == 130
+    assert not (tmp_path / "b").exists()
+    assert cli("prune", tmp_path / "m", "-o", tmp_path / "b", *words, "--resume") == 0
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    assert {p.name for p in tmp_path.iterdir()} == {"m", "a", "b"}
