@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from secateur.engine.probes import Probe, paired
+from secateur.engine.probes import Gram, Probe, paired
 from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Budget, MatrixRepair, Method, PartRepair, Repair, Score, UnitScore
 from secateur.methods.budgets import BUDGETS
@@ -95,23 +95,34 @@ def parts_of(step: Step) -> Parts:
         choice = step.choice("method")
         assert choice is not None
         method = make(choice, METHODS, Method, "method", {"grain": grain})
-        return Parts(method, None, grain, budget, _ranking(budget, None), repair, step.fit_on)
+        return _fits(Parts(method, None, grain, budget, _ranking(budget, None), repair, step.fit_on), step)
     choice = step.choice("score")
     assert choice is not None
     score = make(choice, SCORES, (Score, UnitScore), "score")
     check_legal(score, step.space)
-    parts = Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score), repair, step.fit_on)
+    return _fits(
+        Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score), repair, step.fit_on), step
+    )
+
+
+def _fits(parts: Parts, step: Step) -> Parts:
+    """The parts, if they go with what layers are to be fitted on.
+
+    Raises:
+        SecateurError: no text passes through the layers, or nothing that could aim at another stream's outputs.
+    """
     if step.fit_on != "pruned" and (step.space == "layer" or not parts.reads):
         raise SecateurError(
             "nothing in this step is fitted on calibration text as it passes",
             received=f"fit_on {step.fit_on}",
             works="leave fit_on out, or add a repair (--repair least_squares)",
         )
-    if step.fit_on == "mix" and repair is None:
+    aims = parts.repair is not None or (parts.joint and Gram in parts.method.needs)
+    if step.fit_on == "mix" and not aims:
         raise SecateurError(
             "a mix is something to fit weights to, and nothing in this step changes the weights that stay",
             received="fit_on mix",
-            works="--repair least_squares, a joint method, or fit_on dense or pruned",
+            works="--repair least_squares, a joint method that reads X^T X (sparsegpt), or fit_on dense or pruned",
         )
     return parts
 

@@ -26,6 +26,7 @@ from secateur.engine.store import Store
 from secateur.engine.walk import batches_of
 from secateur.engine.write import StepWriter
 from secateur.errors import SecateurError
+from secateur.methods.joint import METHODS
 from secateur.prepared import prepared
 from secateur.stage import Conditions, Nowhere, Stage
 from secateur.step import Step
@@ -41,6 +42,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "2:4": {"space": "weight", "score": "wanda", "grain": "2:4"},
     "tile": {"space": "weight", "score": "magnitude", "grain": "tile:4x4", "keep": 0.75},
     "joint": {"space": "weight", "method": "sparsegpt", "keep": 0.5},
+    "exchanged": {"space": "weight", "method": "dsnot", "keep": 0.5},
     "ffn": {"space": "ffn", "score": "wanda", "keep": 0.5},
     "ffn, masked": {"space": "ffn", "score": "wanda", "keep": 0.5, "apply": "mask"},
     "kv_group": {"space": "kv_group", "score": "wanda", "keep": 0.5},
@@ -203,7 +205,7 @@ def pruned_or_cut(model: Any, tensors: dict[str, Tensor], plan: Plan, upto: int)
     return new
 
 
-@pytest.mark.parametrize("method", ["sparsegpt"])
+@pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if Gram in cls().needs])
 def test_a_joint_method_sees_the_weights_to_aim_at(method: str) -> None:
     """On a mix, its errors against the dense model's outputs are smaller than when it is fitted on one stream."""
     model, words = make("llama"), {"space": "weight", "method": method, "keep": 0.5}

@@ -251,6 +251,7 @@ def test_paired_statistics_follow_their_own() -> None:
         {"space": "expert", "repair": "mean_bias"},
         {"space": "weight", "fit_on": "both"},
         {"space": "weight", "fit_on": "mix"},
+        {"space": "weight", "score": None, "method": "dsnot", "fit_on": "mix"},
         {"space": "weight", "score": "magnitude", "fit_on": "dense"},
         {"space": "layer", "fit_on": "dense"},
     ],
