@@ -21,7 +21,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 BYTES = 192 << 20  # of gathered systems at a time
-WIDE = 2048  # above so many survivors in a row, and few rows that share them, `refit` iterates
+WIDE = 512  # above so many survivors in a row, and few rows that share them, `refit` iterates
 STEPS = 60  # iterations of conjugate gradients in `refit`
 ACCURATE = 1e-4  # residual, as a share of the right side, above which a row is solved again in fp64
 

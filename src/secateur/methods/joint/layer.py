@@ -127,7 +127,7 @@ class LayerMethod(Method):
         layer = Layer.of([site], [evidence], [0])
         if layer.silent:
             return site.weight.masked_fill(~mask.to(site.weight.device), 0)
-        return refit(layer.gram, layer.weights[0], mask.to(site.weight.device), self.damping)
+        return refit(layer.gram, layer.weights[0], mask.to(site.weight.device), min(self.damping, 0.01))
 
 
 def check_count(grain: Grain, shape: tuple[int, ...], count: int) -> None:

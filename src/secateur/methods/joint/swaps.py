@@ -123,7 +123,7 @@ class _State:
         return (square + cross).masked_fill_(~keep, torch.inf), (square - cross).masked_fill_(keep, torch.inf)
 
     def pairs(self, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Best swaps (p to keep, q to prune) [rows, up to TAKE], of the pairs of the ``most`` cheapest of either kind."""
+        """Best swaps (p to keep, q to prune) [rows, up to TAKE], of pairs of the ``most`` cheapest of either kind."""
         drop, add = self.alone(rows)
         q_cost, q = drop.topk(min(most, int(self.mask[rows].sum(1).max())), dim=1, largest=False)
         p_cost, p = add.topk(min(most, int((~self.mask[rows]).sum(1).max())), dim=1, largest=False)
