@@ -20,7 +20,6 @@ from secateur.sparse.kernels import Handle, levels
 from secateur.sparse.operator import facts_of, register
 
 __all__ = ["PackedLinear", "calibrate", "dense_linear", "fused", "pack"]
-NAMES = (*dict.fromkeys(name for names in PARTS.values() for name in names), "scales")
 
 
 class PackedLinear(nn.Module):
@@ -36,17 +35,19 @@ class PackedLinear(nn.Module):
         register()
         self.kind, self.dtype, self.tile = packed.kind, packed.dtype, packed.tile
         self.out_features, self.in_features = packed.shape
-        for name in NAMES:
-            if name in packed.parts:
-                self.register_buffer(name, packed.parts[name])
+        for name in self._names():
+            self.register_buffer(name, packed.parts[name])
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.limit = 0  # tokens up to which the packed kernel runs; 0: not calibrated
         self._ready: tuple[Handle, Tensor | None] | None = None
 
+    def _names(self) -> tuple[str, ...]:
+        return (*PARTS[self.kind], *(("scales",) if self.dtype == torch.int8 else ()))
+
     @property
     def packed(self) -> Packed:
         """The weight as it is now."""
-        parts = {name: self._buffers[name] for name in NAMES if name in self._buffers}
+        parts = {name: self._buffers[name] for name in self._names()}
         shape = (self.out_features, self.in_features)
         return Packed(self.kind, shape, self.dtype, parts, self.tile)  # type: ignore[arg-type]  # no buffer is None
 

@@ -161,46 +161,39 @@ void bitmask_pairs(const Matrix& m, const Input& in, const Output& out, i64 begi
   }
 }
 
-// A chunk of up to 64 bytes; beyond `left` bytes it is zeros.
-inline __m512i chunk(const u8* p, i64 left) {
-  if (left >= 64) return _mm512_loadu_si512(p);
-  return _mm512_maskz_loadu_epi8((__mmask64(1) << left) - 1, p);
-}
-
-// DOT(acc, weights, inputs) over rows of bytes: R rows at once, P planes of inputs.
-template <int R, int P, class A, class DOT>
-inline void dense_dots(const u8* values, i64 width, const u8* x, i64 stride, A (*acc)[P], DOT dot) {
-  for (i64 k = 0; k < width; k += 64) {
-    __m512i inputs[P];
-    for (int p = 0; p < P; p++) inputs[p] = _mm512_loadu_si512(x + p * stride + k);
-    for (int r = 0; r < R; r++) {
-      Avx512::prefetch(values + r * width + k + 1024);
-      const __m512i w = chunk(values + r * width + k, width - k);
-      for (int p = 0; p < P; p++) acc[r][p] = dot(acc[r][p], w, inputs[p]);
+// One row of `width` bytes against P inputs of bytes, `stride` apart: dot(sum, weights, inputs) does 64 bytes.
+template <int P, class A, class DOT>
+inline void dense_dots(const u8* values, i64 width, const u8* x, i64 stride, A (&acc)[P], DOT dot) {
+  constexpr int BANKS = P == 1 ? 4 : P == 2 ? 2 : 1;
+  A more[BANKS][P] = {};
+  i64 k = 0;
+  for (; k + BANKS * 64 <= width; k += BANKS * 64)
+    for (int b = 0; b < BANKS; b++) {
+      const i64 at = k + b * 64;
+      Avx512::prefetch(values + at + 1536);
+      const __m512i w = _mm512_loadu_si512(values + at);
+      for (int p = 0; p < P; p++) more[b][p] = dot(more[b][p], w, _mm512_loadu_si512(x + p * stride + at));
     }
+  for (; k < width; k += 64) {
+    const i64 left = width - k;
+    const __m512i w = _mm512_maskz_loadu_epi8(left < 64 ? (__mmask64(1) << left) - 1 : ~__mmask64(0), values + k);
+    for (int p = 0; p < P; p++) more[0][p] = dot(more[0][p], w, _mm512_loadu_si512(x + p * stride + k));
   }
-}
-
-template <int R, int N>
-inline void dense_bf16_rows(const Matrix& m, const Input& in, const Output& out, i64 row) {
-  __m512 acc[R][N];
-  for (auto& a : acc)
-    for (__m512& f : a) f = _mm512_setzero_ps();
-  dense_dots<R, N>((const u8*)m.values + row * m.columns * 2, m.columns * 2, (const u8*)in.data, in.stride * 2, acc,
-                   [](__m512 a, __m512i w, __m512i x) { return _mm512_dpbf16_ps(a, (__m512bh)w, (__m512bh)x); });
-  for (int n = 0; n < in.tokens; n++) {
-    float y[R];
-    for (int r = 0; r < R; r++) y[r] = _mm512_reduce_add_ps(acc[r][n]);
-    emit(m, out, n, row, R, y);
+  for (int p = 0; p < P; p++) {
+    acc[p] = more[0][p];
+    for (int b = 1; b < BANKS; b++) acc[p] += more[b][p];
   }
 }
 
 template <int N>
 void dense_bf16(const Matrix& m, const Input& in, const Output& out, i64 begin, i64 end) {
-  constexpr int R = N <= 4 ? 4 : 2;
-  i64 row = begin;
-  for (; row + R <= end; row += R) dense_bf16_rows<R, N>(m, in, out, row);
-  for (; row < end; row++) dense_bf16_rows<1, N>(m, in, out, row);
+  strip<N>(m, in, out, begin, end - begin, [&](i64 r, float* sums) {
+    const u8* values = (const u8*)m.values + (begin + r) * m.columns * 2;
+    __m512 acc[N];
+    dense_dots(values, m.columns * 2, (const u8*)in.data, in.stride * 2, acc,
+               [](__m512 a, __m512i w, __m512i x) { return _mm512_dpbf16_ps(a, (__m512bh)w, (__m512bh)x); });
+    for (int n = 0; n < N; n++) sums[n] = _mm512_reduce_add_ps(acc[n]);
+  });
 }
 
 // ------------------------------------------------------------------------------------------------- int8 x two planes
@@ -238,29 +231,22 @@ void bitmask_quads(const Matrix& m, const Input& in, const Output& out, i64 begi
   }
 }
 
-template <int R, int N>
-inline void dense_int8_rows(const Matrix& m, const Input& in, const Output& out, i64 row) {
-  __m512i acc[R][2 * N];
-  for (auto& a : acc)
-    for (__m512i& f : a) f = _mm512_setzero_si512();
-  dense_dots<R, 2 * N>((const u8*)m.values + row * m.columns, m.columns, (const u8*)in.data, in.stride, acc,
-                       [](__m512i a, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(a, x, w); });
-  for (int n = 0; n < in.tokens; n++) {
-    float y[R];
-    for (int r = 0; r < R; r++) {
-      const i32 coarse = _mm512_reduce_add_epi32(acc[r][2 * n]), fine = _mm512_reduce_add_epi32(acc[r][2 * n + 1]);
-      y[r] = planes(m, in, n, row + r, coarse, fine);
-    }
-    emit(m, out, n, row, R, y);
-  }
-}
-
 template <int N>
 void dense_int8(const Matrix& m, const Input& in, const Output& out, i64 begin, i64 end) {
-  constexpr int R = N <= 2 ? 4 : N <= 4 ? 2 : 1;
-  i64 row = begin;
-  for (; row + R <= end; row += R) dense_int8_rows<R, N>(m, in, out, row);
-  for (; row < end; row++) dense_int8_rows<1, N>(m, in, out, row);
+  strip<N>(m, in, out, begin, end - begin, [&](i64 r, float* sums) {
+    struct Sums {  // sixteen 32-bit sums, added as such
+      __m512i v;
+      Sums& operator+=(const Sums& o) { return v = _mm512_add_epi32(v, o.v), *this; }
+    } acc[2 * N];
+    const u8* values = (const u8*)m.values + (begin + r) * m.columns;
+    dense_dots(values, m.columns, (const u8*)in.data, in.stride, acc,
+               [](Sums a, __m512i w, __m512i x) { return Sums{_mm512_dpbusd_epi32(a.v, x, w)}; });
+    for (int n = 0; n < in.tokens; n++) {
+      const i32 coarse = _mm512_reduce_add_epi32(acc[2 * n].v), fine = _mm512_reduce_add_epi32(acc[2 * n + 1].v);
+      sums[n] = planes(m, in, n, begin + r, coarse, fine);
+    }
+    for (i64 n = in.tokens; n < N; n++) sums[n] = 0;
+  });
 }
 
 // ------------------------------------------------------------------------------------------------- by form

@@ -165,60 +165,57 @@ void csr_rows(const Matrix& m, const Input& in, const Output& out, i64 begin, i6
 
 // ------------------------------------------------------------------------------------------------- dense, tile
 
-// R rows of `width` values, `pitch` values apart, times N inputs of `stride` floats (zeros beyond their end).
-template <class Arch, i32 TYPE, int R, int N>
-inline void dense_rows(const u8* values, i64 width, i64 pitch, const float* x, i64 stride, float (*y)[N]) {
+// One row of `width` values times N inputs, `stride` floats apart with zeros beyond their end. A row at a time keeps
+// the values one stream, which memory serves fastest.
+template <class Arch, i32 TYPE, int N>
+inline void dense_row(const u8* values, i64 width, const float* x, i64 stride, float* sums) {
   using F = typename Arch::F;
   constexpr i64 SIZE = size_of(TYPE);
-  F acc[R][N];
-  for (auto& row : acc)
-    for (F& a : row) a = Arch::zero();
+  constexpr int BANKS = N == 1 ? 4 : N == 2 ? 2 : 1;
+  F acc[BANKS][N];
+  for (auto& bank : acc)
+    for (F& a : bank) a = Arch::zero();
   i64 k = 0;
-  const auto step = [&](auto&& values_at) {
-    F inputs[N];
-    for (int n = 0; n < N; n++) inputs[n] = Arch::loadf(x + n * stride + k);
-    for (int r = 0; r < R; r++) {
-      const F w = values_at(values + (r * pitch + k) * SIZE);
-      for (int n = 0; n < N; n++) acc[r][n] = Arch::fma(w, inputs[n], acc[r][n]);
+  for (; k + BANKS * BLOCK <= width; k += BANKS * BLOCK) {
+    for (i64 ahead = 0; ahead < BANKS * BLOCK * SIZE; ahead += 64) Arch::prefetch(values + k * SIZE + 1536 + ahead);
+    for (int b = 0; b < BANKS; b++) {
+      const F w = Arch::template values<TYPE>(values + (k + b * BLOCK) * SIZE);
+      for (int n = 0; n < N; n++) acc[b][n] = Arch::fma(w, Arch::loadf(x + n * stride + k + b * BLOCK), acc[b][n]);
     }
-  };
-  for (; k + BLOCK <= width; k += BLOCK) {
-    if (k % (64 / SIZE) == 0)
-      for (int r = 0; r < R; r++) Arch::prefetch(values + (r * pitch + k) * SIZE + 1024);
-    step([](const u8* p) { return Arch::template values<TYPE>(p); });
   }
-  if (k < width) {
-    const i64 left = width - k;
-    step([left](const u8* p) {
-      alignas(64) u8 copy[BLOCK * SIZE] = {};
-      memcpy(copy, p, size_t(left * SIZE));
-      return Arch::template values<TYPE>(copy);
-    });
+  for (; k < width; k += BLOCK) {
+    alignas(64) u8 copy[BLOCK * SIZE] = {};
+    memcpy(copy, values + k * SIZE, size_t(least(BLOCK, width - k) * SIZE));
+    const F w = Arch::template values<TYPE>(copy);
+    for (int n = 0; n < N; n++) acc[0][n] = Arch::fma(w, Arch::loadf(x + n * stride + k), acc[0][n]);
   }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) y[r][n] = Arch::sum(acc[r][n]);
+  for (int n = 0; n < N; n++) {
+    for (int b = 1; b < BANKS; b++) acc[0][n] = Arch::add(acc[0][n], acc[b][n]);
+    sums[n] = Arch::sum(acc[0][n]);
+  }
+}
+
+// Rows [row, row + count) by row_of(row, sums of all tokens), written out 16 at a time.
+template <int N, class F>
+inline void strip(const Matrix& m, const Input& in, const Output& out, i64 row, i64 count, F&& row_of) {
+  for (i64 r = 0; r < count; r += BLOCK) {
+    const i64 some = least(BLOCK, count - r);
+    float y[N][BLOCK];
+    for (i64 i = 0; i < some; i++) {
+      float sums[N];
+      row_of(r + i, sums);
+      for (int n = 0; n < N; n++) y[n][i] = sums[n];
+    }
+    for (int n = 0; n < in.tokens; n++) emit(m, out, n, row + r, some, y[n]);
+  }
 }
 
 template <class Arch, i32 TYPE, int N>
 void dense_strip(const Matrix& m, const Input& in, const Output& out, const u8* values, i64 row, i64 count, i64 width,
                  const float* x) {
-  constexpr int R = N <= 2 ? 4 : 2;
-  const i64 stride = in.stride;
-  i64 r = 0;
-  for (; r + R <= count; r += R) {
-    float y[R][N];
-    dense_rows<Arch, TYPE, R, N>(values + r * width * size_of(TYPE), width, width, x, stride, y);
-    for (int n = 0; n < in.tokens; n++) {
-      float column[R];
-      for (int i = 0; i < R; i++) column[i] = y[i][n];
-      emit(m, out, n, row + r, R, column);
-    }
-  }
-  for (; r < count; r++) {
-    float y[1][N];
-    dense_rows<Arch, TYPE, 1, N>(values + r * width * size_of(TYPE), width, width, x, stride, y);
-    for (int n = 0; n < in.tokens; n++) emit(m, out, n, row + r, 1, &y[0][n]);
-  }
+  strip<N>(m, in, out, row, count, [&](i64 r, float* sums) {
+    dense_row<Arch, TYPE, N>(values + r * width * size_of(TYPE), width, x, in.stride, sums);
+  });
 }
 
 template <class Arch, i32 TYPE, int N>
