@@ -260,6 +260,8 @@ class Stage:
         gradient, skip = self.gradient if gradient is None else gradient, skip or set()
         inputs, beside = fits and self.parts.streams, fits and self.parts.fit_on == "mix"
         dense = dense or self.parts.fit_on == "dense"
+        if not beside:  # one stream alone: a survey, or a search on the dense model's activations
+            needs = tuple(p for p in needs if p.kind != "paired")
         reads = bool(needs) or inputs
         batches = self.at.batches() if reads else []
         if reads and len(batches) < self.at.world.size:

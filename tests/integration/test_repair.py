@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.anatomy import anatomy_of
+from secateur.cliff import Dial
 from secateur.engine.distribute import World
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.host.origin import resolve
@@ -26,6 +28,7 @@ from secateur.engine.store import Store
 from secateur.engine.walk import batches_of
 from secateur.engine.write import StepWriter
 from secateur.errors import SecateurError
+from secateur.measure.perplexity import perplexity
 from secateur.methods.joint import METHODS
 from secateur.prepared import prepared
 from secateur.stage import Conditions, Nowhere, Stage
@@ -396,3 +399,23 @@ def test_a_replayed_plan_is_mended_when_text_is_named(
     )
     report = json.loads((tmp_path / "first/report.json").read_text())
     assert report["steps"][0]["chain"]["repair"] == words[words.index("--repair") + 1]
+
+
+@pytest.mark.parametrize("repair", [None, *REPAIRS])
+@pytest.mark.parametrize("fit_on", ["dense", "pruned", "mix"])
+def test_a_search_for_a_bound_mends_too(repair: str | None, fit_on: str) -> None:
+    """A search turns the keep on dense-stream evidence: exactly what a run that is fitted on it does."""
+    if repair is None and fit_on == "mix":
+        pytest.skip("nothing to fit")
+    step = Step("weight", score="wanda", at_most_worse="50%", repair=repair, fit_on=fit_on)  # type: ignore[arg-type]
+    store = prepared(Store.of_model(make("llama"), torch.float32), step)
+    dial = Dial(store, step, 0, Conditions(lambda: BATCHES), tokens(3, 12, seed=9))
+    dense, turned = dial.perplexity(Decimal(0)), dial.perplexity(Decimal("0.5"))
+    bare = Dial(store, replace(step, repair=None, fit_on="pruned"), 0, Conditions(lambda: BATCHES), dial.windows)
+    real = dial.sequential(Decimal("0.5"))
+    if repair in ("least_squares", "mean_bias"):
+        assert turned != bare.perplexity(Decimal("0.5"))
+    if fit_on == "dense" and repair != "local_reconstruction":  # a fit of sub-layers is made for real only
+        assert real == pytest.approx(turned, rel=1e-5)
+    dial.restore()
+    assert perplexity(dial.model, dial.windows).value == dense
