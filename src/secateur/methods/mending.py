@@ -63,9 +63,18 @@ def mend_readers(repair: MatrixRepair, visit: Visit, space: Space, keep: Tensor,
 
     Args:
         keep: booleans of ``space.shape``.
+
+    Raises:
+        SecateurError: no matrix reads these units.
     """
     if bool(keep.all()):
         return
+    if not read_matrices(visit.block, space):
+        raise SecateurError(
+            f"no matrix of {visit.block.name} reads {space.name} units, so none can be mended",
+            received=type(repair).__name__,
+            works="--repair local_reconstruction, or none",
+        )
     sites: dict[Matrix, list[MatrixSite]] = {}
     kept: dict[str, Keep] = {}
     for m in read_matrices(visit.block, space):
