@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from synthetic_sites import LAYERS
+from test_promises import same, stepped
 from torch import Tensor
 
 from secateur.engine.probes import Evidence, Gram, InputMoments, InputNorm
@@ -132,6 +133,21 @@ def test_grains_without_a_meaning_are_refused(name: str, grain: str) -> None:
     with pytest.raises(SecateurError) as refusal:
         built(name, grain)
     assert f"grain {grain}" in str(refusal.value) and "columns:128" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "sparsegpt"])
+@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("words", [{"grain": "matrix", "keep": "0.3"}, {"grain": "2:4", "keep": None}])
+def test_carried_out_on_whole_models(name: str, family: str, words: dict[str, Any]) -> None:
+    plan, weights_ = first = stepped(family, space="weight", method=name, **words)
+    assert same(first, stepped(family, space="weight", method=name, **words))
+    share = Decimal(words["keep"] or "0.5")
+    for key in plan:
+        mask = plan[key]
+        copies = mask.reshape(-1, *mask.shape[-2:])  # a stack of experts is one matrix each
+        each = Amount(share=share).of(copies[0].numel())
+        assert [int(m.sum()) for m in copies] == [each] * len(copies)
+    assert all(torch.isfinite(v).all() for v in weights_.values())
 
 
 def test_the_table_names_each_once() -> None:
