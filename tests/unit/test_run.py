@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.engine import fast
-from secateur.engine.decoders import HostDecoder, continued
+from secateur.engine.decoders import CompiledDecoder, HostDecoder, continued
 from secateur.engine.fast import FastDecoder, NotFast
 from secateur.engine.host.build import default_config
 from secateur.engine.host.origin import resolve
@@ -21,6 +22,7 @@ from secateur.engine.host.toy import toy_config, toy_model
 from secateur.engine.packed import pack_checkpoint
 from secateur.engine.running import decoder_of, is_packed
 from secateur.errors import SecateurError
+from secateur.sparse.kernels import available
 from whole_toys import cli, make, said, write_model
 
 IDS = torch.tensor([[5, 9, 2, 40, 33, 7], [1, 60, 3, 3, 12, 8]])
@@ -148,7 +150,7 @@ def test_packed_writes_what_its_dense_twin_writes(packed: dict[str, Path], famil
     assert torch.equal(written(decoder, IDS, 24), hosts(twin, IDS, 24))
     if family == "gpt2":
         assert "no decoding step of our own" in decoder.notes[0]
-        assert decoder.how.endswith("our kernels")
+        assert decoder.how.endswith(" kernels" if available() else "through torch")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -156,6 +158,32 @@ def test_own_kernel_computes_the_dense_model(family: str) -> None:
     model = make(family)
     wanted = hosts(copy.deepcopy(model), IDS, 20)
     assert torch.equal(written(decoder_of(model, own_kernel=True), IDS, 20), wanted)
+
+
+@pytest.mark.parametrize("which", ["plain llama", "packed gpt2"])
+def test_compiled_writes_the_same(packed: dict[str, Path], which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's graph capture with its plain backend: what is captured and how the static cache is used."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    kind, family = which.split()
+    twin = AutoModelForCausalLM.from_pretrained(packed[f"{family}-half"])
+    decoder = decoder_of(secateur.load(packed[f"{family}-packed"]) if kind == "packed" else twin, compiled=True)
+    assert "static cache" in decoder.how
+    for _ in range(2):
+        assert torch.equal(written(decoder, IDS, 10), hosts(twin, IDS, 10))
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_writes_the_same() -> None:
+    model = make("llama")
+    assert torch.equal(written(decoder_of(model, compiled=True), IDS, 10), hosts(model, IDS, 10))
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    class Odd(nn.Module):
+        pass
+
+    with pytest.raises(SecateurError, match=r"does not compile this family.*Odd.*without --compile"):
+        CompiledDecoder(Odd())
 
 
 def test_run_prints_the_text_and_what_it_took(packed: dict[str, Path], capsys: Any) -> None:

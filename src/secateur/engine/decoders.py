@@ -91,14 +91,14 @@ class CompiledDecoder(Decoder):
                 works="run it without --compile",
             )
         self.model = model
-        self._compiled = torch.compile(model.forward, dynamic=False, fullgraph=True)
+        self._compiled = torch.compile(model.forward, dynamic=False)
         self._cache: Any = None
-        self._batch = self._at = 0
+        self._shape, self._at = (0, 0), 0
 
     def begin(self, ids: Tensor, room: int) -> Tensor:
-        size = ids.shape[1] + room
-        if self._cache is None or self._cache.max_cache_len != size or self._batch != len(ids):
-            self._cache, self._batch = static_cache(self.model, size), len(ids)
+        shape = (len(ids), ids.shape[1] + room)
+        if shape != self._shape:
+            self._cache, self._shape = static_cache(self.model, shape[1]), shape
         else:
             self._cache.reset()
         self._at = ids.shape[1]

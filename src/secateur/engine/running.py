@@ -21,7 +21,7 @@ from secateur.engine.fusing import to_kernels
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.host.origin import resolve
 from secateur.errors import SecateurError, unknown
-from secateur.sparse.kernels import status
+from secateur.sparse.kernels import available
 from secateur.sparse.linear import PackedLinear, calibrate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,6 +124,7 @@ def decoder_of(model: nn.Module, *, own_kernel: bool = False, compiled: bool = F
         decoder.notes = ("--compile changes nothing: no step of Transformers runs",) if compiled else ()
     except NotFast as error:
         decoder = CompiledDecoder(model) if compiled else HostDecoder(model)
-        decoder.how = f"{decoder.how}, {status()}"
+        level = available()
+        decoder.how += f", {level} kernels" if level else ", packed weights through torch"
         decoder.notes = (str(error),)
     return decoder
