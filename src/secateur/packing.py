@@ -140,7 +140,7 @@ def packed_bytes(model: nn.Module, zeros: int, dtype: str) -> int:
         index = 2 if ins <= 1 << 15 else 4
         bitmask = 8 * up(out, ROWS) * up(ins, COLUMNS) + 8 * (up(out, ROWS) + 1) + width * kept
         csr = 8 * (out + 1) + (index + width) * kept
-        found = min(csr if share >= CSR_FROM else bitmask, width * out * ins)
+        found = min(bitmask, width * out * ins, *([csr] if share >= CSR_FROM else []))
         total += count * (found + (4 * out if dtype == "int8" else 0))
     return total
 
