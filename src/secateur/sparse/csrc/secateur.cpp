@@ -107,16 +107,21 @@ struct Planes {
     const float coarse = most / 127;
     return {coarse, coarse / 254};
   }
-  static float nearest(float value, float step) {
-    const float whole = std::nearbyint(value / step);
+  // Adding and taking away 1.5 x 2^23 rounds to the nearest whole number, ties to even, in any vector unit.
+  static float nearest(float value) {
+    const float whole = (value + 12582912.f) - 12582912.f;
     return whole > 127 ? 127.f : whole < -127 ? -127.f : whole;
   }
-  void split(float value, u8& a, u8& b) const {
-    a = b = 128;
-    if (!(fine > 0)) return;
-    const float whole = nearest(value, coarse);
-    a = u8(int(whole) + 128);
-    b = u8(int(nearest(value - whole * coarse, fine)) + 128);
+  // Splits n inputs; each byte is 128 above its value.
+  void split(const float* x, i64 n, u8* a, u8* b) const {
+    memset(a, 128, size_t(n)), memset(b, 128, size_t(n));
+    if (!(fine > 1e-30f)) return;  // nothing but zeros, nothing finite, or too small to divide by
+    const float by_coarse = 1 / coarse, by_fine = 1 / fine;
+    for (i64 i = 0; i < n; i++) {
+      const float whole = nearest(x[i] * by_coarse);
+      a[i] = u8(i32(whole) + 128);
+      b[i] = u8(i32(nearest((x[i] - whole * coarse) * by_fine)) + 128);
+    }
   }
 };
 
@@ -151,14 +156,19 @@ void lay(const Activations& x, i64 first, i64 tokens, Form form, Input& in, void
       const Planes planes = Planes::of(x, token);
       in.coarse[n] = planes.coarse, in.fine[n] = planes.fine;
       u8* const bytes = (u8*)memory;
-      for (i64 c = 0; c < columns; c++) {
-        u8 a, b;
-        planes.split(x.at(token, c), a, b);
+      for (i64 c = 0; c < columns; c += 64) {
+        const i64 some = columns - c < 64 ? columns - c : 64;
+        float inputs[64];
+        u8 a[64] = {}, b[64] = {};
+        for (i64 i = 0; i < some; i++) inputs[i] = x.at(token, c + i);
+        planes.split(inputs, some, a, b);
         if (form == PLANES) {
-          bytes[2 * n * in.stride + c] = a, bytes[(2 * n + 1) * in.stride + c] = b;
-        } else {
-          const i64 quad = (c / 4 * 2 * width + 2 * n) * 4 + c % 4;
-          bytes[quad] = a, bytes[quad + 4] = b;
+          memcpy(bytes + 2 * n * in.stride + c, a, size_t(some)), memcpy(bytes + (2 * n + 1) * in.stride + c, b, size_t(some));
+          continue;
+        }
+        for (i64 q = 0; q < (some + 3) / 4; q++) {
+          u8* const quad = bytes + ((c / 4 + q) * 2 * width + 2 * n) * 4;
+          memcpy(quad, a + 4 * q, 4), memcpy(quad + 4, b + 4 * q, 4);
         }
       }
     } else if (form == PAIRS || form == BF16S) {
