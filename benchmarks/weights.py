@@ -70,17 +70,24 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--out", type=Path, default=Path("weights.json"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4, help="windows per forward pass")
+    parser.add_argument("--only", nargs="*", help="rows such as 'sparsegpt 2:4'; all by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     origin = resolve(args.model)
     tokenizer, store = read_tokenizer(origin), Store.open(origin)
     text = calibration(TextSource(args.calibration, 64, 1024, 0), tokenizer)
     test = test_windows(pack(tokenizer, documents(args.test, "test")), 64, 1024)
-    batches = batches_of(text, 4)
+    batches = batches_of(text, args.batch_size)
     start = Step(space="weight", score="magnitude", keep="1.0")
     dial = Dial(store, start, 0, Conditions(batches=lambda: batches), test)
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"passes": [], "rows": {}}
-    found["conditions"] = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__, "batch": 4}
+    found["conditions"] = {
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "batch": args.batch_size,
+    }
 
     def note() -> None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -93,7 +100,7 @@ def main() -> None:
     if "dense" not in found["rows"]:
         found["rows"]["dense"] = quality()
     for number, (name, words, dtype) in enumerate(ROWS):
-        if name in found["rows"]:
+        if name in found["rows"] or (args.only and name not in args.only):
             continue
         if number % 4 == 0 or not found["passes"]:
             found["passes"].append(dense_pass(dial, batches))
