@@ -81,6 +81,7 @@ def measured(models: Sequence[Measurement], against: Sequence[Comparison]) -> di
 
 
 _BYTES = frozenset({"bytes", "rss", "ram", "disk"})  # words of a key whose integers are bytes
+_WIDE = ("first_token_ms", "prefill_tokens_per_second", "decode_tokens_per_second")  # --json has them for every shape
 _HIDDEN = ("model", "notes", "perplexity_conditions", "latency", "generations", "against_first", "shapes")
 
 
@@ -95,8 +96,9 @@ def page(data: Mapping[str, Any]) -> list[RenderableType]:
         name = key.replace("_", " ")
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             out += [Text(""), _sideways(name, value) if key == "models" else _table(name, value)]
-            if shapes := [{"model": row["model"], **shape} for row in value for shape in row.get("shapes", ())]:
-                out += [Text(""), _table("every shape", shapes)]
+            if shapes := [{"model": row["model"], **s} for row in value for s in row.get("shapes", ())]:
+                kept = [{k: v for k, v in shape.items() if k not in _WIDE} for shape in shapes]
+                out += [Text(""), _table("every shape: median (quartiles)", kept)]
             out += [
                 Text(f"{row['model']}: {cell(row['notes'])}") for row in value if key == "models" and row.get("notes")
             ]
@@ -156,6 +158,8 @@ def cell(value: Any, key: str = "") -> str:
             return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
         case list():
             return "; ".join(cell(v, key) for v in value)
+        case {"median": middle, "low": low, "high": high}:
+            return f"{cell(middle)} ({cell(low)} to {cell(high)})"
         case dict():
             return ", ".join(
                 f"{k.replace('_', ' ')} {cell(v, f'{key}_{k}')}" for k, v in value.items() if v is not None

@@ -16,6 +16,7 @@ from secateur.engine.running import Opening, Running
 from secateur.errors import SecateurError
 from secateur.measure.bench import BenchOptions, Residence, bench, residence
 from secateur.measure.residence import resident
+from secateur.printing import cell
 from secateur.speed import BenchRequest
 from whole_toys import cli, make, said, write_model
 
@@ -134,7 +135,10 @@ def test_the_verb(tmp_path: Path, capsys: Any) -> None:
     assert all(len(m["shapes"]) == 4 for m in found)
     assert cli(*words) == 0
     out = capsys.readouterr().out
-    assert "decode ms per token" in out and "every shape" in out
+    assert "decode ms per token" in out and "every shape: median (quartiles)" in out
+    assert cell(found[0]["shapes"][0]["decode_ms_per_token"] | {"median": 2.0, "low": 1.5, "high": 3.25}) == (
+        "2 (1.5 to 3.25)"
+    )
 
 
 @pytest.mark.parametrize(
