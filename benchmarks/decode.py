@@ -5,9 +5,10 @@
 
 Contenders take turns, round by round, each with the same prompt of 128 tokens and 32 new ones, batch 1: Transformers
 in fp32 and bf16 (eager, growing cache), torch's dynamic int8, llama.cpp's Q8_0 and Q4_1 (in a process each, told when
-it is its turn; times are taken there), the dense model on our dense kernel, and pruned models packed. Pruned models are made
-in the work folder when they are not there yet. Perplexity is that of the same windows for all; llama.cpp computes its
-own. The packaged model comes from a Q4_1 file, so its Q4_1 row loses nothing: a model published in bf16 would.
+it is its turn; times are taken there), the dense model on our dense kernel, and pruned models packed. Pruned models
+are made in the work folder when they are not there yet. Perplexity is that of the same windows for all; llama.cpp
+computes its own. The packaged model comes from a Q4_1 file, so that
+row loses nothing: a model published in bf16 would.
 Results go to benchmarks/results/decode.json after every stage.
 """
 
