@@ -15,7 +15,7 @@ from secateur.sparse.formats import Packed
 from secateur.sparse.kernels import Handle, row_blocks
 
 TOKENS = (4, 8, 16, 32, 64, 128)
-WEIGHTS = 1 << 21  # of a matrix looked at: a few milliseconds
+WEIGHTS = 1 << 20  # of a matrix looked at: a few milliseconds
 REPEATS = 3
 
 

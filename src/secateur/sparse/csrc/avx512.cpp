@@ -122,10 +122,13 @@ struct Avx512 {
     }
   }
   static void put(float* to, F f) { _mm512_storeu_ps(to, f); }
-  static void put(u16* to, F f) {
-    alignas(64) float copy[16];
-    _mm512_store_ps(copy, f);
-    for (int i = 0; i < 16; i++) to[i] = to_bf16(copy[i]);
+  static void put(u16* to, F f) {  // to_bf16 of kernels.h, sixteen at once
+    const __m512i bits = _mm512_castps_si512(f), high = _mm512_srli_epi32(bits, 16);
+    const __m512i half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+    const __m512i words = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(64));
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(words));
   }
 };
 

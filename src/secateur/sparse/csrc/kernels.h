@@ -137,27 +137,33 @@ void csr_rows(const Matrix& m, const Input& in, const Output& out, i64 begin, i6
   for (i64 row = begin; row < end; row++) {
     const i64 first = m.crow[row], last = m.crow[row + 1];
     if (in.form == ROWS) {
-      F acc[2] = {Arch::zero(), Arch::zero()};
-      i64 i = first;
-      for (int bank = 0; i + BLOCK <= last; i += BLOCK, bank ^= 1) {
-        Arch::prefetch((const u8*)m.values + (i + 512) * size_of(TYPE));
-        Arch::prefetch((const u8*)m.col + (i + 512) * m.col_bytes);
-        const F w = Arch::template values<TYPE>((const u8*)m.values + i * size_of(TYPE));
+      F even = Arch::zero(), odd = Arch::zero();
+      const auto term = [&](i64 i, F sum) {
         const F inputs = m.col_bytes == 2 ? Arch::gather(x, (const int16_t*)m.col + i)
                                           : Arch::gather(x, (const i32*)m.col + i);
-        acc[bank] = Arch::fma(w, inputs, acc[bank]);
+        return Arch::fma(Arch::template values<TYPE>((const u8*)m.values + i * size_of(TYPE)), inputs, sum);
+      };
+      i64 i = first;
+      for (; i + 2 * BLOCK <= last; i += 2 * BLOCK) {
+        Arch::prefetch((const u8*)m.values + (i + 512) * size_of(TYPE));
+        Arch::prefetch((const u8*)m.col + (i + 512) * m.col_bytes);
+        even = term(i, even), odd = term(i + BLOCK, odd);
       }
-      float y = Arch::sum(Arch::add(acc[0], acc[1]));
+      if (i + BLOCK <= last) even = term(i, even), i += BLOCK;
+      float y = Arch::sum(Arch::add(even, odd));
       for (; i < last; i++) y += value_at<TYPE>(m.values, i) * x[column_at(m, i)];
       emit(m, out, 0, row, 1, &y);
     } else {  // the lanes are tokens
-      F acc[2] = {Arch::zero(), Arch::zero()};
-      for (i64 i = first; i < last; i++) {
-        const F w = Arch::broadcast(value_at<TYPE>(m.values, i));
-        acc[i & 1] = Arch::fma(w, Arch::loadf(x + column_at(m, i) * BLOCK), acc[i & 1]);
-      }
+      F acc[4] = {Arch::zero(), Arch::zero(), Arch::zero(), Arch::zero()};
+      const auto term = [&](i64 i, F sum) {
+        return Arch::fma(Arch::broadcast(value_at<TYPE>(m.values, i)), Arch::loadf(x + column_at(m, i) * BLOCK), sum);
+      };
+      i64 i = first;
+      for (; i + 4 <= last; i += 4)
+        for (int bank = 0; bank < 4; bank++) acc[bank] = term(i + bank, acc[bank]);
+      for (; i < last; i++) acc[0] = term(i, acc[0]);
       float y[BLOCK];
-      Arch::store(y, Arch::add(acc[0], acc[1]));
+      Arch::store(y, Arch::add(Arch::add(acc[0], acc[1]), Arch::add(acc[2], acc[3])));
       for (i64 n = 0; n < in.tokens; n++) emit(m, out, n, row, 1, y + n);
     }
   }
