@@ -319,6 +319,8 @@ def test_refusals(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "not empty" in refused("pack", toys / "llama", "-o", tmp_path / "p")
     assert "replace the input" in refused("unpack", tmp_path / "p", "-o", tmp_path / "p", "--overwrite")
     assert "no such" in refused("pack", "no where", "-o", tmp_path / "x")
+    with pytest.raises(SecateurError, match="unpack"):
+        save(secateur.load(tmp_path / "p"), tmp_path / "x")
     assert not (tmp_path / "x").exists() and read_all(tmp_path / "p") == before
     assert cli("pack", toys / "llama", "-o", tmp_path / "p", "--dtype", "fp32", "--overwrite") == 0
     assert read_all(tmp_path / "p") != before

@@ -26,6 +26,7 @@ from secateur.engine.ragged import ORDER
 from secateur.engine.store import Store
 from secateur.engine.write import StepWriter, check_out, publish, work_dir, writing
 from secateur.errors import SecateurError
+from secateur.sparse.linear import PackedLinear
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
@@ -66,6 +67,12 @@ def save(model: nn.Module, out: str | Path, tokenizer: Any = None, overwrite: bo
         overwrite: replace a directory that Secateur wrote.
     """
     target = Path(out)
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise SecateurError(
+            "a model that runs packed is not saved from memory",
+            received=type(model).__name__,
+            works="secateur unpack DIR -o OUT, of the directory it was loaded from",
+        )
     check_out(target, None, overwrite)
     work = work_dir(target)
     store = Store.of_model(model)
