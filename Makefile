@@ -56,14 +56,14 @@ docs: setup
 	$(BIN)/python benchmarks/architectures.py
 
 # Each of these can be run alone (make bench-weights ...). A table that is half done goes on where it stopped.
-BENCHES := bench-weights bench-structure bench-streaming
+BENCHES := bench-weights bench-literal bench-structure bench-streaming bench-cost bench-packed bench-kernels bench-decode
 LAYERS  ?= 32
 BENCH   := out/bench
 
 bench: $(BENCHES)
 
-bench-weights bench-structure: texts setup
-bench-streaming: setup
+bench-weights bench-literal bench-structure bench-decode: texts setup
+bench-streaming bench-cost bench-packed bench-kernels: setup
 
 texts:
 	@test -f "$(CALIBRATION)" && test -f "$(TEST)" || { echo "make bench needs two text files:" \
@@ -73,6 +73,10 @@ bench-weights:
 	@mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/weights.py --calibration "$(CALIBRATION)" --test "$(TEST)" --out $(BENCH)/weights.json
 
+bench-literal:
+	@mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/literal.py --calibration "$(CALIBRATION)" --test "$(TEST)" --out $(BENCH)/literal.json
+
 bench-structure:
 	@mkdir -p $(BENCH)/structure
 	$(BIN)/python benchmarks/structure.py --calibration "$(CALIBRATION)" --test "$(TEST)" \
@@ -81,6 +85,24 @@ bench-structure:
 bench-streaming:
 	@mkdir -p $(BENCH)/streaming
 	$(BIN)/python benchmarks/streaming.py --work $(BENCH)/streaming --layers $(LAYERS) > $(BENCH)/streaming.txt
+
+bench-cost:
+	@mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/method_cost.py --out $(BENCH)/method_cost.json
+
+bench-packed:
+	@mkdir -p $(BENCH)/packed
+	$(BIN)/python benchmarks/packed.py --work $(BENCH)/packed --out $(BENCH)/packed.json
+
+bench-kernels:
+	@mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/sparse_kernels.py --out $(BENCH)/sparse_kernels.json --svg $(BENCH)/sparse_kernels.svg
+
+# LLAMA=PYTHON names a Python that has llama-cpp-python; without it these rows are left out.
+bench-decode:
+	@mkdir -p $(BENCH)/decode
+	$(BIN)/python benchmarks/decode.py --calibration "$(CALIBRATION)" --test "$(TEST)" --work $(BENCH)/decode \
+	  $(if $(LLAMA),--llama $(LLAMA)) --out $(BENCH)/decode.json
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache
