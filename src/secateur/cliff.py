@@ -60,6 +60,9 @@ class _Held:
     def load_rest(self, model: nn.Module, device: Any) -> None:
         return None
 
+    def release_rest(self, model: nn.Module) -> None:
+        return None
+
     def load_block(self, model: nn.Module, index: int, device: Any) -> None:
         return None
 

@@ -36,7 +36,8 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
     base = psutil.Process().memory_info().rss - (fp32 if held else 0)
     steady = {"libraries and tokenizer": max(base, 0), "model in memory": fp32 if held else 0}
     outside = 0 if held else fp32 - sum(blocks)
-    phases = [_walk(run, first, max(blocks), outside)]
+    phases = [_walk(run, first, max(blocks))]
+    phases.append({"outside the blocks": outside, "activations": phases[0].get("activations", 0)})
     if Gradient in {*first.parts.needs, *first.parts.survey_needs}:
         grads = 4 * sum(m.numel for b in first.anatomy.blocks for m in b.matrices)
         phases.append({"model to differentiate": sum(blocks) + outside, "gradients": grads, "logits": 3 * _logits(run)})
@@ -76,11 +77,11 @@ def statistics(needs: set[type[Probe]], block: Block, length: int) -> int:
     return total
 
 
-def _walk(run: _Run, first: Stage, block: int, outside: int) -> dict[str, int]:
-    """A step's walk: one block, activations, statistics, and what deciding takes."""
+def _walk(run: _Run, first: Stage, block: int) -> dict[str, int]:
+    """A step's walk: one block, activations, statistics, what deciding takes, and what was decided, a bit each."""
     text, anatomy = run.recipe.text, first.anatomy
     needs = {*first.parts.needs, *first.parts.survey_needs} - {Gradient}
-    parts = {"one block": block, "outside the blocks": outside}
+    parts = {"one block": block}
     shapes = [m.shape for b in anatomy.blocks for m in b.matrices]
     if needs or first.parts.streams:
         hidden, widest = _hidden(run), max(max(shape) for shape in shapes)
@@ -92,6 +93,8 @@ def _walk(run: _Run, first: Stage, block: int, outside: int) -> dict[str, int]:
             parts["one batch"] += run.recipe.batch_size * text.length * (widest + 3 * hidden) * 4
         if first.parts.streams:  # the dense block; gradients, Adam's two moments, the values before; a way back
             parts["fit of a sub-layer"] = 5 * block + parts["one batch"]
+    if first.step.space == "weight":
+        parts["plan"] = sum(m.numel for b in anatomy.blocks for m in b.matrices) // 8
     parts["scores and masks"] = 4 * 4 * max(rows * columns for rows, columns in shapes)
     return parts
 

@@ -157,6 +157,8 @@ class Stage:
         needs = self._walk_needs(replay is None, fits) if len(skip) < len(self.blocks) else ()
         for visit in self.visits(needs, phase=f"step {self.number + 1}", skip=skip, fits=fits):
             index = visit.block.index
+            if not index:  # the text is inside by now: embedding and head are not needed before the end
+                self.store.release_rest(self.model)
             if index in skip:
                 done = sink.restore(self.model, index)
             else:
@@ -165,6 +167,7 @@ class Stage:
                 if not gone[index]:
                     sink.write(index, visit.module, done)
             plan = Plan.merged([plan, done])
+        self.store.load_rest(self.model, "cpu")
         if layers is not None and replay is not None:
             plan = Plan.merged([plan, replay.step(self.number)])
         dropped = tuple(int(i) for i in gone.nonzero().reshape(-1))

@@ -204,6 +204,12 @@ class Store:
         for name, value in block.state_dict().items():
             convert.set_tensor(block, name, torch.empty_like(value, device="meta"))
 
+    def release_rest(self, model: nn.Module) -> None:
+        """Let the parameters outside the blocks go; `load_rest` brings them back. Buffers stay."""
+        for name, value in list(model.named_parameters(remove_duplicate=False)):
+            if self.block_of(name) is None:
+                convert.set_tensor(model, name, torch.empty_like(value, device="meta"))
+
     def load_whole(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
         """Load everything."""
         for index in range(self.blocks):
