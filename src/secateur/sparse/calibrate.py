@@ -19,12 +19,17 @@ WEIGHTS = 1 << 20  # of a matrix looked at: a few milliseconds
 REPEATS = 3
 
 
-def calibrated(handle: Handle) -> int:
-    """The number of tokens up to which ``handle`` should use the packed kernel on this machine, now."""
+def calibrated(handle: Handle, dtype: torch.dtype = torch.float32) -> int:
+    """The number of tokens up to which ``handle`` should use the packed kernel on this machine, now.
+
+    Args:
+        handle: the matrix.
+        dtype: of the activations; torch multiplies bf16 several times as fast as fp32, so that it takes over earlier.
+    """
     some = Handle(_head(handle.packed))
     best = 1
     for tokens in TOKENS:
-        x = torch.ones(tokens, handle.packed.shape[1])
+        x = torch.ones(tokens, handle.packed.shape[1], dtype=dtype)
         by_kernel = _seconds(lambda x=x: some.direct(x))  # type: ignore[misc]  # bound now on purpose
         by_torch = _seconds(lambda x=x: some.by_panels(x))  # type: ignore[misc]
         if by_kernel > by_torch:

@@ -110,8 +110,15 @@ def dense_linear(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None)
 
 
 def calibrate(modules: Iterable[nn.Module]) -> None:
-    """Measures, once per shape, kind and density, up to how many tokens the packed kernel beats torch, and sets it."""
-    packed = [module for module in modules if isinstance(module, PackedLinear)]
+    """Measures, once per shape, kind and density, up to how many tokens the packed kernel beats torch, and sets it.
+
+    Activations are taken to have the dtype of the first parameter that belongs to no packed layer, and fp32 where there
+    is none: in a model that is the embedding's.
+    """
+    everything = list(modules)
+    packed = [module for module in everything if isinstance(module, PackedLinear)]
+    own = (p.dtype for m in everything if not isinstance(m, PackedLinear) for p in m.parameters(recurse=False))
+    dtype = torch.bfloat16 if next(own, None) == torch.bfloat16 else torch.float32
     if not levels():
         return
     limits: dict[tuple[object, ...], int] = {}
@@ -119,5 +126,5 @@ def calibrate(modules: Iterable[nn.Module]) -> None:
         handle = module.handle()
         key = (module.kind, module.dtype, handle.packed.shape, module.tile, round(handle.packed.bytes, -4))
         if key not in limits:
-            limits[key] = calibrated(handle)
+            limits[key] = calibrated(handle, dtype)
         module.limit = handle.limit = limits[key]

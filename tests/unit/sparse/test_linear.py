@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateur.sparse import pack, unpack
 from secateur.sparse.calibrate import TOKENS
 from secateur.sparse.formats import DTYPES, PARTS
-from secateur.sparse.kernels import available
+from secateur.sparse.kernels import Handle, available
 from secateur.sparse.linear import PackedLinear, calibrate, dense_linear, fused
 
 KINDS = tuple(PARTS)
@@ -137,3 +137,20 @@ def test_calibration_sets_one_limit_per_shape() -> None:
     limits: list[Tensor | int] = [m.limit for m in modules[:3]]  # type: ignore[misc]
     assert limits[0] == limits[1] and all(n in (1, *TOKENS) for n in limits)
     assert modules[0].handle().limit == limits[0]  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.skipif(available() is None, reason="nothing to choose between")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calibration_times_the_activations_that_the_model_has(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    direct = Handle.direct
+
+    def spy(self: Handle, x: Tensor, *more: object) -> tuple[Tensor, int]:
+        seen.add(x.dtype)
+        return direct(self, x, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Handle, "direct", spy)
+    calibrate(nn.Sequential(nn.Embedding(3, 40, dtype=dtype), layer()[0]).modules())
+    assert seen == {dtype}
