@@ -151,7 +151,7 @@ def conjugate_gradients(
     """Masked least squares by conjugate gradients on all rows at once, preconditioned by the diagonal.
 
     Every step costs one product [out, in] x [in, in], lowers every row's error, and never leaves the survivors
-    (algorithm 2 of ALPS, arXiv 2406.07831, with one step length per row).
+    (the refinement that ends ALPS, arXiv 2406.07831; one step length per row, as in its released code).
 
     Args:
         h: X^T X with its damping added (see `damped`), positive definite [in, in].

@@ -5,7 +5,7 @@
     U = U + W - Z
     W = (H + I)^-1 (H W0 + Z - U)
 
-Source: Boza 2024, arXiv 2401.02938, algorithms 1 and 2 (rho = 1; the share that goes rises as 1 - (1 - t/15)^3 over
+Source: Boza 2024, arXiv 2401.02938, by its released code (rho = 1; the share that goes rises as 1 - (1 - t/15)^3 over
 the first 15 of 20 iterations; one factorisation for all iterations). Scaled by input norms, |W + U| ranks as Wanda.
 
 Deviations: the schedule works for every grain (the released code's per-matrix branch goes to the final sparsity at

@@ -3,9 +3,9 @@
     error of a row:   L = r^T G r,   G = X^T X,   r = the row's pruned weights;   c = G r
     keep p instead of q:   dL = 2 w_q c_q + w_q^2 G_qq - 2 w_p c_p + w_p^2 G_pp - 2 w_p w_q G_pq
 
-Source: arXiv 2512.10922 ("SparseSwaps": 1-swaps from the Gram matrix, warm-started from any mask, exact per row; from
-its abstract and our derivation, no code was read). A mask without a better 1-swap is locally optimal for weights that
-stay as they are.
+Source: the idea of SparseSwaps, arXiv 2512.10922 (1-swaps from the Gram matrix, warm-started from any mask, exact per
+row), known here from a summary; the formulas are our derivation, neither the paper nor its code was read. A mask
+without a better 1-swap is locally optimal for weights that stay as they are.
 
 How it is looked for here: among the pairs of the `LIKELY` cheapest entries of either kind until none helps, then among
 all pairs; every look yields up to `TAKE` swaps per row, each checked against the row as it is by then. Swaps stay
