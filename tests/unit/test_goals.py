@@ -88,6 +88,9 @@ class _Held:
     def load_rest(self, model: Any, device: Any) -> None:
         return None
 
+    def release_rest(self, model: Any) -> None:
+        return None
+
     def load_block(self, model: Any, index: int, device: Any) -> None:
         return None
 
