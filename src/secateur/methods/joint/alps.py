@@ -9,7 +9,8 @@
 Then the survivors of W are solved for by preconditioned conjugate gradients.
 
 Source: Meng, Behdin, Wang and Mazumder 2024, arXiv 2406.07831; the penalty's factors, its first value and when it
-starts anew are those of the released code, which was read (the paper was not). H is decomposed once (eigenvalues and vectors) for all matrices that read the same input and all penalties.
+starts anew are those of the released code, which was read (the paper was not). H is decomposed once (eigenvalues and
+vectors) for all matrices that read the same input and all penalties.
 
 Deviations: counts are exact for every grain, tiles included (projection by sums of squares); where the inverse for a
 penalty costs more than it saves (few rows), both factors are applied instead; conjugate gradients stop early where a

@@ -5,9 +5,9 @@
     prune q:  of the kept weights with sign(e) w_q E[x_q] < 0, the one with the smallest |w_q| |x_q|_2
     again and again, up to ``cycles`` times, while |e| > threshold and e keeps its sign
 
-Source: Zhang et al. 2023, arXiv 2310.08915, by its released code (growing criterion with the variance, pruning criterion with
-Wanda's metric); each weight changes place at most once, and for n:m the weight that goes is the smallest of the group
-of the one that comes, as in the released code. Weights that stay keep their values.
+Source: Zhang et al. 2023, arXiv 2310.08915, by its released code (growing criterion with the variance, pruning
+criterion with Wanda's metric); each weight changes place at most once, and for n:m the weight that goes is the smallest
+of the group of the one that comes. Weights that stay keep their values.
 
 Deviations: blocks of columns exchange within their block as n:m does; a row whose candidates run out stops; counts stay
 exactly those of the mask it starts from.
