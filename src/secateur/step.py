@@ -12,6 +12,7 @@ from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount
 from secateur.methods.fitting import FITS
 from secateur.methods.grains import parse_grain
+from secateur.methods.joint import default_grain
 from secateur.words import (
     Choice,
     Target,
@@ -104,7 +105,8 @@ class Step:
 
     def _settle_grain(self, put: Any) -> None:
         units = self.space != "weight"
-        default = "unit" if units else "row" if self.score else "columns:128"
+        joint = self.choice("method")
+        default = "unit" if units else default_grain(joint.name) if joint and not self.score else "row"
         grain = default if self.grain is None else str(parse_grain(str(self.grain).strip()))
         put("grain", grain)
         if units and grain != "unit":

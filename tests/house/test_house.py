@@ -162,7 +162,7 @@ def test_modules_hold_no_state(path: Path) -> None:
 def test_nothing_names_the_machine_it_was_made_on() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
     paths = [ROOT / p for p in listed if p] or [p for p in ROOT.rglob("*.md") if ".venv" not in p.parts]
-    machine = re.compile("|".join(("/wo" + "rk/", "/ro" + "ot/", r"/\.libr" + "ary")))
+    machine = re.compile("|".join(("/wo" + "rk/", "/ro" + "ot/", r"\.libr" + "ary")))
     for path in paths:
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".sh", ".txt", ".html", ".json", ""} and path.is_file():
             found = machine.search(path.read_text(encoding="utf-8", errors="replace"))

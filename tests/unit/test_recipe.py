@@ -390,3 +390,12 @@ def test_a_measure_request_checks_its_words() -> None:
     for bad in ({"windows": 0}, {"length": 1}, {"dtype": "int8"}, {"device": "moon"}, {"threads": 0}):
         with pytest.raises(SecateurError):
             MeasureRequest(("a",), **bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "grain"),
+    [("sparsegpt", "columns:128"), ("obs", "columns:128"), ("admm", "matrix"), ("alps", "matrix"), ("dsnot", "row")],
+)
+def test_a_joint_method_brings_its_own_grain(method: str, grain: str) -> None:
+    assert Step("weight", method=method, keep=0.5).grain == grain
+    assert Step("weight", method=method, keep=0.5, grain="row").grain == "row"

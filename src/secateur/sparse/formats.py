@@ -29,7 +29,7 @@ from secateur.sparse.layout import (
     to_lanes,
     up,
 )
-from secateur.sparse.library import library
+from secateur.sparse.native import library
 
 Kind = Literal["bitmask", "csr", "tile", "columns", "dense"]
 VERSION = 1

@@ -21,7 +21,7 @@ from torch import Tensor
 from secateur.errors import SecateurError, unknown
 from secateur.sparse.formats import CSR_FROM, Packed, decode, unpack
 from secateur.sparse.layout import ROWS, up
-from secateur.sparse.library import LEVELS, available, levels, library, status, why_missing
+from secateur.sparse.native import LEVELS, available, levels, library, status, why_missing
 from secateur.sparse.verify import tile_starts, verify
 
 __all__ = ["Handle", "available", "counted", "levels", "library", "product", "row_blocks", "status", "why_missing"]

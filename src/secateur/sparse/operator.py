@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch import library as operators
 
 from secateur.sparse.formats import PARTS, Packed
 from secateur.sparse.kernels import KINDS, LIMIT, TYPES, Handle
@@ -18,9 +19,9 @@ SCHEMA = "product(Tensor x, Tensor[] parts, Tensor? bias, int[] facts) -> Tensor
 
 
 @cache
-def register() -> torch.library.Library:
+def register() -> operators.Library:
     """Makes ``torch.ops.secateur.product`` known, once; it stays known while the process lives."""
-    library = torch.library.Library("secateur", "DEF")
+    library = operators.Library("secateur", "DEF")
     library.define(SCHEMA)
     library.impl("product", _product, "CPU")
     library.impl("product", _shape, "Meta")

@@ -23,3 +23,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "dsnot": DSnoT,
     }
 )
+
+
+def default_grain(name: str) -> str:
+    """The grain a method declares for itself; a stranger's method, named by its module, gets SparseGPT's."""
+    return str(getattr(METHODS.get(name, SparseGPT)(), "grain"))  # noqa: B009 (not every Method has one)

@@ -20,7 +20,7 @@ ABI = 2
 class _Found:
     """The library, or why there is none."""
 
-    library: ctypes.CDLL | None
+    handle: ctypes.CDLL | None
     reason: str = ""
 
 
@@ -52,7 +52,7 @@ def _found() -> _Found:
 
 def library() -> ctypes.CDLL | None:
     """The C library, or None where it is not built or hidden."""
-    return _found().library
+    return _found().handle
 
 
 @cache
