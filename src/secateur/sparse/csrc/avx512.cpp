@@ -136,29 +136,40 @@ struct Avx512 {
 
 template <int N>
 void bitmask_pairs(const Matrix& m, const Input& in, const Output& out, i64 begin, i64 end) {
+  constexpr int TURN = N == 1 ? 2 : 1;  // words at once, each with sums of its own, so that no product waits for another
   const i64 words = (m.columns + 3) / 4;
   for (i64 block = begin; block < end; block++) {
     const u64* mask = m.mask + block * words;
     const u8* values = (const u8*)m.values + m.starts[block] * 2;
     const u32* x = (const u32*)in.data;
-    __m512 acc[2][N];
+    __m512 acc[2 * TURN][N];
     for (auto& bank : acc)
       for (__m512& a : bank) a = _mm512_setzero_ps();
-    for (i64 w = 0; w < words; w++, x += 2 * N) {
+    const auto word = [&](i64 w, __m512* low, __m512* high) {
       const u64 bits = load<u64>(mask + w);
-      Avx512::prefetch(values + 1536), Avx512::prefetch(values + 1600), Avx512::prefetch((const u8*)(mask + w) + 512);
+      Avx512::prefetch(values + AHEAD), Avx512::prefetch(values + AHEAD + 64);
       const __m512i first = _mm512_mask_expandloadu_epi16(fresh(), u32(bits), values);
       const u8* middle = values + __builtin_popcount(u32(bits)) * 2;
       const __m512i second = _mm512_mask_expandloadu_epi16(fresh(), u32(bits >> 32), middle);
       values += __builtin_popcountll(bits) * 2;
       for (int n = 0; n < N; n++) {
-        acc[0][n] = _mm512_dpbf16_ps(acc[0][n], (__m512bh)first, (__m512bh)_mm512_set1_epi32(int(x[n])));
-        acc[1][n] = _mm512_dpbf16_ps(acc[1][n], (__m512bh)second, (__m512bh)_mm512_set1_epi32(int(x[N + n])));
+        low[n] = _mm512_dpbf16_ps(low[n], (__m512bh)first, (__m512bh)_mm512_set1_epi32(int(x[n])));
+        high[n] = _mm512_dpbf16_ps(high[n], (__m512bh)second, (__m512bh)_mm512_set1_epi32(int(x[N + n])));
       }
+      x += 2 * N;
+    };
+    i64 w = 0;
+    for (; w + TURN <= words; w += TURN) {
+      if (w % 8 == 0) Avx512::prefetch((const u8*)(mask + w) + AHEAD / 8);
+      word(w, acc[0], acc[1]);
+      if constexpr (TURN == 2) word(w + 1, acc[2], acc[3]);
     }
+    for (; w < words; w++) word(w, acc[0], acc[1]);
     for (int n = 0; n < in.tokens; n++) {
+      __m512 sum = _mm512_add_ps(acc[0][n], acc[1][n]);
+      for (int bank = 2; bank < 2 * TURN; bank++) sum = _mm512_add_ps(sum, acc[bank][n]);
       float y[BLOCK];
-      _mm512_storeu_ps(y, _mm512_add_ps(acc[0][n], acc[1][n]));
+      _mm512_storeu_ps(y, sum);
       emit(m, out, n, block * BLOCK, least(BLOCK, m.rows - block * BLOCK), y);
     }
   }
@@ -173,7 +184,7 @@ inline void dense_dots(const u8* values, i64 width, const u8* x, i64 stride, A (
   for (; k + BANKS * 64 <= width; k += BANKS * 64)
     for (int b = 0; b < BANKS; b++) {
       const i64 at = k + b * 64;
-      Avx512::prefetch(values + at + 1536);
+      Avx512::prefetch(values + at + AHEAD);
       const __m512i w = _mm512_loadu_si512(values + at);
       for (int p = 0; p < P; p++) more[b][p] = dot(more[b][p], w, _mm512_loadu_si512(x + p * stride + at));
     }
@@ -218,7 +229,8 @@ void bitmask_quads(const Matrix& m, const Input& in, const Output& out, i64 begi
     for (__m512i& a : acc) a = _mm512_setzero_si512();
     for (i64 w = 0; w < words; w++, x += 2 * N) {
       const u64 bits = load<u64>(mask + w);
-      Avx512::prefetch(values + 1536), Avx512::prefetch((const u8*)(mask + w) + 512);
+      Avx512::prefetch(values + AHEAD);
+      if (w % 8 == 0) Avx512::prefetch((const u8*)(mask + w) + AHEAD / 8);
       const __m512i quads = _mm512_mask_expandloadu_epi8(fresh(), bits, values);
       values += __builtin_popcountll(bits);
       for (int p = 0; p < 2 * N; p++) acc[p] = _mm512_dpbusd_epi32(acc[p], _mm512_set1_epi32(int(x[p])), quads);

@@ -101,7 +101,8 @@ inline void bitmask_block(const Matrix& m, const float* x, i64 block, typename A
       memcpy(copy, values, size_t(step));
       Arch::template columns<TYPE>(bits, copy, column);
     } else {
-      Arch::prefetch(values + 1536), Arch::prefetch(values + 1536 + 64), Arch::prefetch((const u8*)(mask + w) + 512);
+      for (i64 ahead = 0; ahead < 32 * SIZE; ahead += 64) Arch::prefetch(values + AHEAD + ahead);  // half full words
+      if (w % 8 == 0) Arch::prefetch((const u8*)(mask + w) + AHEAD / 8);
       Arch::template columns<TYPE>(bits, values, column);
     }
     values += step;
@@ -145,8 +146,8 @@ void csr_rows(const Matrix& m, const Input& in, const Output& out, i64 begin, i6
       };
       i64 i = first;
       for (; i + 2 * BLOCK <= last; i += 2 * BLOCK) {
-        Arch::prefetch((const u8*)m.values + (i + 512) * size_of(TYPE));
-        Arch::prefetch((const u8*)m.col + (i + 512) * m.col_bytes);
+        Arch::prefetch((const u8*)m.values + i * size_of(TYPE) + AHEAD);
+        Arch::prefetch((const u8*)m.col + i * m.col_bytes + AHEAD);
         even = term(i, even), odd = term(i + BLOCK, odd);
       }
       if (i + BLOCK <= last) even = term(i, even), i += BLOCK;
@@ -183,7 +184,7 @@ inline void dense_row(const u8* values, i64 width, const float* x, i64 stride, f
     for (F& a : bank) a = Arch::zero();
   i64 k = 0;
   for (; k + BANKS * BLOCK <= width; k += BANKS * BLOCK) {
-    for (i64 ahead = 0; ahead < BANKS * BLOCK * SIZE; ahead += 64) Arch::prefetch(values + k * SIZE + 1536 + ahead);
+    for (i64 ahead = 0; ahead < BANKS * BLOCK * SIZE; ahead += 64) Arch::prefetch(values + k * SIZE + AHEAD + ahead);
     for (int b = 0; b < BANKS; b++) {
       const F w = Arch::template values<TYPE>(values + (k + b * BLOCK) * SIZE);
       for (int n = 0; n < N; n++) acc[b][n] = Arch::fma(w, Arch::loadf(x + n * stride + k + b * BLOCK), acc[b][n]);

@@ -21,6 +21,7 @@ enum Level : i32 { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 constexpr i64 BLOCK = 16;   // rows of a block, and lanes of every vector below
 constexpr i64 GROUP = 8;    // most tokens that share one pass over the weights
+constexpr i64 AHEAD = 8192; // bytes by which loads are announced; measured: at 1,536 the packed product waits for memory
 constexpr i64 SPARE = 64;   // floats beyond the last input that kernels may read; they are zeros
 
 constexpr i64 size_of(i32 type) { return type == FP32 ? 4 : type == INT8 ? 1 : 2; }
