@@ -160,7 +160,7 @@ class _Run:
         refuse_packed(self.origin, "a packed checkpoint cannot be pruned", "secateur unpack DIR -o OUT, then prune OUT")
         source = self.origin.path / self.origin.gguf_file if self.origin.gguf_file else self.origin.path
         check_out(self.out, source, self.how.overwrite)
-        self.replay = Plan.load(self.how.plan_file) if self.how.plan_file else None
+        self.replay = Plan.open(self.how.plan_file) if self.how.plan_file else None
         self.steps = self.recipe.steps or steps_of(self.replay)
         all_parts = [parts_of(step) for step in self.steps]
         with self.clock.phase("open"):
@@ -237,7 +237,7 @@ class _Run:
                     change = updated_config(store.config, outcome.anatomy, keeps_of(outcome.plan))
                 files: dict[str, bytes | Path] = {}
                 earlier = store.origin.path / PLAN if number and store.origin is not None else None
-                merged = Plan.merged([Plan.load(earlier)] if earlier and earlier.is_file() else [])
+                merged = Plan.merged([Plan.open(earlier)] if earlier and earlier.is_file() else [])
                 Plan.merged([merged, outcome.plan]).save(work / PLAN)
                 files[PLAN] = work / PLAN
                 words = {"recipe": self.recipe.to_words(), "lineage": self._lineage()}

@@ -47,7 +47,9 @@ class Sink(Protocol):
 
     def restore(self, model: nn.Module, index: int) -> Plan: ...
 
-    def write(self, index: int, module: nn.Module, plan: Plan) -> None: ...
+    def write(self, index: int, module: nn.Module, plan: Plan) -> Plan:
+        """Take a finished block, and give its part of the plan back: in memory, or as a file that holds it."""
+        ...
 
 
 class Nowhere:
@@ -59,8 +61,8 @@ class Nowhere:
     def restore(self, model: nn.Module, index: int) -> Plan:
         raise AssertionError("nothing was finished")
 
-    def write(self, index: int, module: nn.Module, plan: Plan) -> None:
-        return None
+    def write(self, index: int, module: nn.Module, plan: Plan) -> Plan:
+        return plan
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Stage:
                 done = self.prune_block(visit, counts, replay)
                 self._round(visit)
                 if not gone[index]:
-                    sink.write(index, visit.module, done)
+                    done = sink.write(index, visit.module, done)
             plan = Plan.merged([plan, done])
         self.store.load_rest(self.model, "cpu")
         if layers is not None and replay is not None:

@@ -191,7 +191,7 @@ class BlockSink:
         from secateur.anatomy import anatomy_of
         from secateur.engine.host.build import describe_skeleton
 
-        plan = Plan.load(self._plan(index))
+        plan = Plan.open(self._plan(index))
         block = anatomy_of(describe_skeleton(model)).blocks[index]
         for key in plan:
             _, space, site = key.split("/", 2)
@@ -201,10 +201,14 @@ class BlockSink:
         restore_block(self.writer.store, model, self.writer.block_file(index))
         return plan
 
-    def write(self, index: int, module: nn.Module, plan: Plan) -> None:
+    def write(self, index: int, module: nn.Module, plan: Plan) -> Plan:
+        """Write a finished block; returns its part of the plan as it lies in its file, so that what is held does not
+        grow with the number of blocks."""
         if self.world.first:
             plan.save(self._plan(index))
             self.writer.write_block(index, module)
+        self.world.wait()
+        return Plan.open(self._plan(index))
 
     def _plan(self, index: int) -> Path:
         return self.writer.work / f"plan-{index:05d}.safetensors"

@@ -3,24 +3,23 @@
 Keys are ``step/space/site``: ``0/ffn/model.layers.3`` for units (``[size]``, or ``[copies, size]``),
 ``0/weight/model.layers.3.mlp.up_proj.weight`` for weights (the tensor's stored shape), ``0/layer/model`` for
 layers. On disk a plan is one safetensors file of packed bits (least significant bit first) whose header
-gives the shapes.
+gives the shapes. There the bits can stay: `Plan.open` reads a site when it is asked for, and saving copies site by
+site, so a plan of a large model (a gigabyte at 7B) is never in memory as a whole.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from secateur.engine.headers import Entry, read_header
+from secateur.engine.write import stream_tensors
 from secateur.errors import SecateurError
 
 WORKS = "give the plan.safetensors that `secateur plan` or `secateur prune` wrote"
@@ -28,15 +27,30 @@ WORKS = "give the plan.safetensors that `secateur plan` or `secateur prune` wrot
 
 @dataclass(frozen=True)
 class Bits:
-    """Packed booleans: ``packed`` uint8 [ceil(n/8)], and the shape they unfold to."""
+    """Packed booleans and the shape they unfold to.
 
-    packed: Tensor
+    Attributes:
+        held: uint8 [ceil(n/8)], or where these bytes lie in a file.
+    """
+
+    held: Tensor | Entry
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, mask: Tensor) -> Bits:
         flat = np.packbits(mask.detach().cpu().reshape(-1).numpy(), bitorder="little")
         return cls(torch.from_numpy(flat), tuple(mask.shape))
+
+    @property
+    def packed(self) -> Tensor:
+        """The bytes, uint8 [ceil(n/8)]; read now if they lie in a file.
+
+        Raises:
+            SecateurError: the file is no longer what it was.
+        """
+        if isinstance(self.held, Tensor):
+            return self.held
+        return _read(self.held)
 
     @property
     def size(self) -> int:
@@ -143,21 +157,11 @@ class Plan(Mapping[str, Tensor]):
         return {k: n for k in both if (n := both.kept(k))}
 
     def save(self, path: Path) -> None:
-        """Write atomically. Same plan, same bytes."""
+        """Write atomically, one site in memory at a time. Same plan, same bytes."""
         shapes = {k: list(b.shape) for k, b in sorted(self._bits.items())}
         header = {"secateur": json.dumps({"plan": 1, "shapes": shapes}, sort_keys=True)}
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file({k: self._bits[k].packed for k in sorted(self._bits)}, temporary, metadata=header)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as e:
-            temporary.unlink(missing_ok=True)
-            full = f"os error {errno.ENOSPC}" in str(e) or getattr(e, "errno", None) == errno.ENOSPC
-            raise SecateurError(
-                "the disk is full" if full else f"the plan could not be written: {e}",
-                received=str(path),
-                works="free some space, then run again with --resume" if full else "give a directory you may write to",
-            ) from e
+        table = {k: (torch.uint8, ((b.size + 7) // 8,)) for k, b in self._bits.items()}
+        stream_tensors(path, table, lambda key: self._bits[key].packed, header)
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -166,33 +170,31 @@ class Plan(Mapping[str, Tensor]):
         Raises:
             SecateurError: no such file, not a plan, or bits that do not match their shape.
         """
+        return cls({key: Bits(bits.packed, bits.shape) for key, bits in cls.open(path)._bits.items()})
+
+    @classmethod
+    def open(cls, path: Path) -> Plan:
+        """The same, its bits left in the file, which must stay as it is for as long as the plan is used."""
         if not path.is_file():
             raise SecateurError("there is no such plan file", received=str(path), works=WORKS)
         plan = cls()
         try:
-            with safe_open(path, framework="pt") as f:
-                meta = json.loads((f.metadata() or {}).get("secateur", "null"))
-                if not isinstance(meta, dict) or meta.get("plan") != 1 or not isinstance(meta.get("shapes"), dict):
-                    raise SecateurError("this safetensors file is not a plan", received=str(path), works=WORKS)
-                if set(f.keys()) != set(meta["shapes"]):
-                    raise SecateurError(
-                        "the plan's header does not list the sites it holds", received=str(path), works=WORKS
-                    )
-                for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    shape = _shape(key, meta["shapes"][key])
-                    bits = Bits(f.get_tensor(key), shape)
-                    spare = -bits.size % 8
-                    if (
-                        bits.packed.dtype != torch.uint8
-                        or bits.packed.numel() != (bits.size + 7) // 8
-                        or (spare and int(bits.packed[-1]) >> (8 - spare))
-                    ):
-                        raise SecateurError(
-                            f"the plan's bits at {key!r} do not fit its shape", received=list(shape), works=WORKS
-                        )
-                    plan[key] = bits
-        except (SafetensorError, ValueError, TypeError, OSError) as e:
-            raise SecateurError(f"the plan file cannot be read: {e}", received=str(path), works=WORKS) from e
+            header = read_header(path)
+            meta = json.loads(header.metadata.get("secateur", "null"))
+        except (SecateurError, ValueError, RecursionError) as error:
+            wrong = error.wrong if isinstance(error, SecateurError) else error
+            raise SecateurError(f"the plan file cannot be read: {wrong}", received=str(path), works=WORKS) from error
+        if not isinstance(meta, dict) or meta.get("plan") != 1 or not isinstance(meta.get("shapes"), dict):
+            raise SecateurError("this safetensors file is not a plan", received=str(path), works=WORKS)
+        if header.tensors.keys() != meta["shapes"].keys():
+            raise SecateurError("the plan's header does not list the sites it holds", received=str(path), works=WORKS)
+        for key, entry in header.tensors.items():
+            bits = Bits(entry, _shape(key, meta["shapes"][key]))
+            if entry.dtype != torch.uint8 or entry.shape != ((bits.size + 7) // 8,) or _spare(bits):
+                raise SecateurError(
+                    f"the plan's bits at {key!r} do not fit its shape", received=list(bits.shape), works=WORKS
+                )
+            plan[key] = bits
         return plan
 
     @classmethod
@@ -209,6 +211,28 @@ def _shape(key: str, said: object) -> tuple[int, ...]:
     if not isinstance(said, list) or not all(type(n) is int and 0 <= n < 1 << 40 for n in said):
         raise SecateurError(f"the plan's header gives {key!r} an impossible shape", received=said, works=WORKS)
     return tuple(said)
+
+
+def _read(entry: Entry) -> Tensor:
+    """The bytes of a site in a plan's file."""
+    try:
+        flat = np.fromfile(entry.file, dtype=np.uint8, count=entry.end - entry.begin, offset=entry.begin)
+    except OSError as error:
+        raise SecateurError(
+            f"the plan file cannot be read: {error.strerror or error}", received=str(entry.file), works=WORKS
+        ) from error
+    if len(flat) != entry.end - entry.begin:
+        raise SecateurError("the plan file is shorter than it was", received=str(entry.file), works=WORKS)
+    return torch.from_numpy(flat)
+
+
+def _spare(bits: Bits) -> bool:
+    """Whether bits beyond the last boolean are set (looks at the last byte alone)."""
+    if not (spare := -bits.size % 8):
+        return False
+    assert isinstance(bits.held, Entry)
+    last = Entry(bits.held.file, torch.uint8, (1,), bits.held.end - 1, bits.held.end)
+    return int(Bits(last, (8,)).packed[0]) >> (8 - spare) != 0
 
 
 def keeps_of(plan: Plan) -> dict[str, dict[str, Tensor]]:

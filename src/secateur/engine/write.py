@@ -240,6 +240,7 @@ def stream_tensors(
             flat = value.to("cpu", dtype).contiguous().reshape(-1)
             if flat.numel():
                 file.write(flat.view(torch.uint8).numpy().data)
+            del value, flat  # before the next one is made
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

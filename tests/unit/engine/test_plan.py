@@ -1,11 +1,13 @@
 """A plan is booleans: exact counts, set operations, the same bytes twice, and no file that lies."""
 
 import json
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from secateur.engine import plan as plan_module
 from secateur.engine.plan import Plan
 from secateur.errors import SecateurError
 
@@ -77,3 +79,30 @@ def test_a_plan_that_lies_is_refused(tmp_path) -> None:
         Plan.load(path)
     with pytest.raises(SecateurError, match="no such plan"):
         Plan.load(tmp_path / "absent")
+
+
+def test_an_open_plan_leaves_its_bits_in_the_file(tmp_path, monkeypatch) -> None:
+    """Open, count, merge and save: no two sites of a plan in a file are ever in memory together."""
+    path, alive, most = tmp_path / "p.safetensors", weakref.WeakSet(), [0]
+    Plan(some(6)).save(path)
+    real = plan_module._read
+
+    def counted(*args):
+        alive.add(value := real(*args))
+        most[0] = max(most[0], len(alive))
+        return value
+
+    monkeypatch.setattr(plan_module, "_read", counted)
+    opened = Plan.open(path)
+    assert not alive  # looking at a plan's padding keeps nothing
+    both = Plan.merged([Plan({"2/layer/model": torch.ones(3, dtype=torch.bool)}), opened])
+    assert {k: both.kept(k) for k in opened} == {k: int(v.sum()) for k, v in some(6).items()}
+    both.save(tmp_path / "q.safetensors")
+    assert most == [1] and not alive
+    opened.step(0).save(tmp_path / "r.safetensors")
+    assert Plan.load(tmp_path / "r.safetensors").diff(Plan(some(6)).step(0)) == {}
+    loaded = Plan.load(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(loaded["1/layer/model"], some(6)["1/layer/model"])
+    with pytest.raises(SecateurError, match="shorter than it was"):
+        [opened[key] for key in opened]
