@@ -151,8 +151,9 @@ def limits(arguments: argparse.Namespace) -> list[dict]:
     torch.set_num_threads(int(arguments.threads.split(",")[-1]))
     for word, share in itertools.product(("fp32", "bf16"), ("0.5", "0.7", "0.9")):
         handle = Handle(pack(sparse(torch.randn(4096, 4096), share), DTYPES[word], "bitmask"))
-        rows.append({"dtype": word, "zeros": share, "limit": calibrated(handle)})
-        print(f"calibrated limit, 4096x4096 {word} at {share}: {rows[-1]['limit']} tokens")
+        limit = calibrated(handle, DTYPES[word])
+        rows.append({"dtype": word, "inputs": word, "zeros": share, "limit": limit})
+        print(f"calibrated limit, 4096x4096 {word} weights and inputs at {share}: {limit} tokens")
     return rows
 
 

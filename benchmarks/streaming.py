@@ -1,10 +1,10 @@
 """A 7B-shape Llama of random weights, pruned from its shards in little memory, beside the dry run's prediction.
 
-    .venv/bin/python benchmarks/streaming.py --work /some/disk [--layers 32]
+    .venv/bin/python benchmarks/streaming.py --work /some/disk [--layers 32] [--hidden 4096 --ffn 11008]
 
 Makes bf16 shards (4,096 wide, 11,008 FFN, one shard a layer, 13 GB for 32 layers), runs the command line with Wanda
 50 % on 16 x 512 tokens of the builtin text, and prints the dry run's peak memory and the process's own (VmHWM). The
-files are deleted afterwards unless --keep is given.
+files are deleted afterwards unless --keep is given. Words after ``--`` are added to both command lines.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from secateur.engine.host.origin import read_tokenizer, resolve
 from secateur.engine.write import write_json, write_tensors
 
 
-def make(place: Path, layers: int) -> None:
+def make(place: Path, layers: int, d: int, f: int) -> None:
     """The checkpoint: config, tokenizer of the packaged model, one shard per layer and one for the rest."""
     place.mkdir(parents=True)
     tokenizer = read_tokenizer(resolve("smollm2"))
     tokenizer.save_pretrained(place)
-    config = LlamaConfig(vocab_size=49152, hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
-                         num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False,
+    config = LlamaConfig(vocab_size=49152, hidden_size=d, intermediate_size=f, num_hidden_layers=layers,
+                         num_attention_heads=d // 128, num_key_value_heads=d // 128, tie_word_embeddings=False,
                          architectures=["LlamaForCausalLM"], dtype="bfloat16", bos_token_id=1,
                          eos_token_id=2)  # fmt: skip
     config.save_pretrained(place)
     generator = torch.Generator().manual_seed(0)
-    d, f = 4096, 11008
     shapes = {**{f"self_attn.{n}_proj": (d, d) for n in "qkvo"}, "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d),
               "mlp.down_proj": (d, f)}  # fmt: skip
     index: dict[str, str] = {}
@@ -62,15 +61,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--ffn", type=int, default=11008)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("words", nargs="*", help="further words of the command lines")
     args = parser.parse_args()
-    model, out = args.work / f"random-7b-{args.layers}", args.work / f"random-7b-{args.layers}-wanda"
+    name = f"random-{args.layers}-{args.hidden}-{args.ffn}"
+    model, out = args.work / name, args.work / f"{name}-pruned"
     if not model.is_dir():
-        make(model, args.layers)
+        make(model, args.layers, args.hidden, args.ffn)
     command = [sys.executable, "-m", "secateur", "prune", str(model), "-o", str(out), "--space", "weight"]
     command += ["--score", "wanda", "--sparsity", "0.5", "--samples", "16", "--length", "512", "--batch-size", "4"]
-    command += ["--threads", str(args.threads), "--no-measure", "--json", "--overwrite"]
+    command += ["--threads", str(args.threads), "--no-measure", "--json", "--overwrite", *args.words]
     said = json.loads(subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

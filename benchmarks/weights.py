@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("weights.json"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4, help="windows per forward pass")
+    parser.add_argument("--order", type=int, help="seed of another order of the same windows: only rounding differs")
     parser.add_argument("--only", nargs="*", help="rows such as 'sparsegpt 2:4'; all by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -78,6 +79,8 @@ def main() -> None:
     tokenizer, store = read_tokenizer(origin), Store.open(origin)
     text = calibration(TextSource(args.calibration, 64, 1024, 0), tokenizer)
     test = test_windows(pack(tokenizer, documents(args.test, "test")), 64, 1024)
+    if args.order is not None:
+        text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(args.order))]
     batches = batches_of(text, args.batch_size)
     start = Step(space="weight", score="magnitude", keep="1.0")
     dial = Dial(store, start, 0, Conditions(batches=lambda: batches), test)
@@ -87,6 +90,7 @@ def main() -> None:
         "threads": args.threads,
         "torch": torch.__version__,
         "batch": args.batch_size,
+        "order": args.order,
     }
 
     def note() -> None:

@@ -1,0 +1,159 @@
+"""Every way to prune weights without training, at 50, 60, 70 % and 2:4: quality, time and memory, a process per row.
+
+    .venv/bin/python benchmarks/methods.py --calibration c4.jsonl --test wikitext2-test.txt --choices piqa-dev.jsonl \\
+        --out methods.json [--rows 'alps 60%' 'wanda 60% budget=owl' 'sparsegpt 2:4 bf16'] [--seed 1]
+
+Protocol: 64 x 1,024 calibration tokens (documents joined by EOS, random offsets, seed 0), perplexity on the first 64
+windows of 1,024 tokens in bf16, KL divergence to the dense model (nats per token) on the first 16, the first 500
+items of the choices file by length-normalised likelihood. The unit of time, fwd, is one dense fp32 pass of the
+decoder blocks over the calibration text (CPU seconds): a quarter of one is timed before and after the pruning, in
+the same process. Peak memory is that of pruning alone. Rows that are in the file already are left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.account import cpu_name, peak_rss
+from secateur.cliff import Dial
+from secateur.engine.host.origin import read_tokenizer, resolve
+from secateur.engine.store import Store
+from secateur.engine.text import TextSource, calibration, documents, pack, test_windows
+from secateur.engine.walk import batches_of, running_as
+from secateur.measure.choices import choices, read_items
+from secateur.measure.generation import generate
+from secateur.measure.passes import losses
+from secateur.measure.perplexity import perplexity
+from secateur.stage import Conditions, Nowhere, Stage
+from secateur.step import Step
+from weights import PROMPT, dense_pass
+
+LEVELS: dict[str, dict[str, Any]] = {
+    "50%": {"sparsity": "50%"},
+    "60%": {"sparsity": "60%"},
+    "70%": {"sparsity": "70%"},
+    "2:4": {"grain": "2:4"},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "magnitude": {"score": "magnitude", "grain": "matrix"},
+    "wanda": {"score": "wanda"},
+    "ria": {"score": "ria"},
+    "wanda+ls": {"score": "wanda", "repair": "least_squares"},
+    "dsnot": {"method": "dsnot"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt+ls": {"method": "sparsegpt", "repair": "least_squares"},
+    "obs": {"method": "obs"},
+    "swaps+ls": {"method": "sparseswaps", "repair": "least_squares"},
+    "admm": {"method": "admm"},
+    "alps": {"method": "alps"},
+    "alps-mix": {"method": "alps", "fit_on": "mix"},
+    "alps-dense": {"method": "alps", "fit_on": "dense"},
+    "alps+local": {"method": "alps", "repair": "local_reconstruction"},
+}
+ORDER = ("magnitude", "wanda", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot", "obs", "swaps+ls", "sparsegpt+ls")
+KL_WINDOWS, ITEMS = 16, 500
+
+
+def words_of(row: str) -> tuple[dict[str, Any], str]:
+    """The step's words and the dtype of the forward passes: ``WAY LEVEL [word=value ...] [bf16]``."""
+    way, level, *more = row.split()
+    words = {**WAYS[way], **LEVELS[level]}
+    dtype = "fp32"
+    for word in more:
+        if word == "bf16":
+            dtype = word
+        else:
+            key, _, value = word.partition("=")
+            words[key] = value
+    return words, dtype
+
+
+def one(args: argparse.Namespace, row: str) -> dict[str, Any]:
+    """Prune by one row's words in this process, and measure."""
+    torch.set_num_threads(args.threads)
+    origin = resolve(args.model)
+    tokenizer, store = read_tokenizer(origin), Store.open(origin)
+    text = calibration(TextSource(args.calibration, 64, 1024, args.seed), tokenizer)
+    test = test_windows(pack(tokenizer, documents(args.test, "test")), 64, 1024)
+    words, dtype = words_of(row)
+    batches = batches_of(text, args.batch_size)
+    at = Conditions(
+        batches=lambda: batches, seed=args.seed, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    )
+    dial = Dial(store, Step(space="weight", score="magnitude", keep="1.0"), 0, at, test)
+    dial.dense.clear()  # nothing is restored here
+    quarter = batches[: max(1, len(batches) // 4)]
+    passes = [dense_pass(dial, quarter)]
+    stage = Stage(dial.stage.store, Step(space="weight", **words), 0, at)
+    cpu, wall = time.process_time(), time.perf_counter()
+    plan = stage.run(Nowhere()).plan
+    cpu, wall, peak = time.process_time() - cpu, time.perf_counter() - wall, peak_rss()
+    passes.append(dense_pass(dial, quarter))
+    unit = {k: sum(p[k] for p in passes) / 2 * len(batches) / len(quarter) for k in ("cpu", "wall")}
+    dense: Any = store.skeleton()
+    store.load_whole(dense, torch.device("cpu"))
+    with running_as(dial.model, torch.bfloat16), running_as(dense, torch.bfloat16):
+        value = perplexity(dial.model, test).value
+        _, apart = losses([dense, dial.model], test[:KL_WINDOWS])
+        assert apart.kl is not None
+        found: dict[str, Any] = {"perplexity": value, "kl": sum(apart.kl) / len(apart.kl)}
+        if args.choices:
+            found["accuracy"] = choices(dial.model, tokenizer, read_items(args.choices)[:ITEMS]).accuracy_norm
+        found["text"] = generate(dial.model, tokenizer, (PROMPT,), 24)[0].text
+    kept, total = sum(plan.kept(k) for k in plan), sum(plan.total(k) for k in plan)
+    return found | {
+        "fwd": cpu / unit["cpu"], "fwd_wall": wall / unit["wall"], "peak_rss": peak, "kept": kept, "of": total,
+        "words": {k: str(v) for k, v in words.items()}, "forward": dtype, "unit": unit,
+    }  # fmt: skip
+
+
+def table(rows: dict[str, Any]) -> str:
+    lines = ["| | perplexity | KL | PIQA | fwd | peak GB | greedy text |", "|---|---|---|---|---|---|---|"]
+    for name, r in rows.items():
+        cells = f"{r['perplexity']:.1f} | {r['kl']:.3f} | {r.get('accuracy', float('nan')):.3f} | {r['fwd']:.1f}"
+        lines.append(f"| {name} | {cells} | {r['peak_rss'] / 1e9:.1f} | {r['text'][:60]!r} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--choices", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("methods.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4, help="windows per forward pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="*", help="rows such as 'alps 60%%'; all by default")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(one(args, args.row)))
+        return
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": {}}
+    at = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__, "batch": args.batch_size}
+    found["conditions"] = at | {"seed": args.seed, "calibration": Path(args.calibration).name}
+    for row in args.rows or [f"{way} {level}" for way in ORDER for level in LEVELS]:
+        if row in found["rows"]:
+            continue
+        ran = subprocess.run([sys.executable, *sys.argv, "--row", row], stdout=subprocess.PIPE, text=True, check=False)
+        if ran.returncode:
+            print(f"{row}: failed", flush=True)
+            continue
+        found["rows"][row] = json.loads(ran.stdout)
+        print(table({row: found["rows"][row]}).splitlines()[-1], flush=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found["rows"]))
+
+
+if __name__ == "__main__":
+    main()
