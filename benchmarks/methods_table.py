@@ -48,6 +48,7 @@ def _scores() -> Iterable[tuple[str, ...]]:
 def _budgets() -> Iterable[tuple[str, ...]]:
     for name, cls in BUDGETS.items():
         looks = "no" if not cls.surveys else f"yes ({cls.ranking.__name__})" if cls.ranking else "yes"
+        looks = "tries out whole models" if cls.searches else looks
         yield f"`{name}`", _first(cls), looks, _options(cls)
 
 

@@ -31,6 +31,8 @@ from secateur.engine.text import calibration, check_disjoint, documents, pack, t
 from secateur.engine.walk import batches_of
 from secateur.engine.write import StepWriter, check_out, publish, writing
 from secateur.errors import SecateurError
+from secateur.evolving import check as check_search
+from secateur.evolving import searched
 from secateur.goals import settled
 from secateur.inspection import inspection
 from secateur.measure.compare import measure as measure_subjects
@@ -168,6 +170,8 @@ class _Run:
         first = Stage(self.store, self.steps[0], 0, self.conditions())
         for step in self.steps[1:]:
             check_space(first.anatomy, step.space)
+        for step, parts in zip(self.steps, all_parts, strict=True) if self.replay is None else ():
+            check_search(first.model, step, parts, self.world)
         for step in self.steps if self._text_wanted else ():
             prepared(self.store, step)  # a repair that has nowhere to write is refused before the work
         reads = any(needs_text(p, s) for p, s in zip(all_parts, self.steps, strict=True)) and self._text_wanted
@@ -226,6 +230,10 @@ class _Run:
                     f"step {number + 1}: the plan was applied as a plain {step.apply}; {' and '.join(changes)}'s "
                     "weight updates are recomputed only when calibration text is named (--text)"
                 )
+            found = searched(stage, work) if replay is None and stage.parts.budget.searches else None
+            if found is not None:
+                replay = found.settle(stage)
+                self.notes.append(found.note)
             outcome = stage.run(sink, replay, mends)
             if outcome.fits:
                 self.notes.append(f"step {number + 1}: {fits_said(outcome.fits)}")
@@ -245,6 +253,7 @@ class _Run:
                 writer.finish(outcome_of(outcome.anatomy, change, store.sizes, words, files), kept)
         seconds = self.clock.phases[f"step {number + 1}"] - begin
         record = step_record(step, stage.parts, outcome, seconds, self.how.only_plan)
+        record = replace(record, search=found.record) if found is not None else record
         if self.world.first:
             with writing(marker):
                 temporary = marker.with_suffix(".part")

@@ -393,4 +393,4 @@ def check_space(anatomy: Anatomy, space: str) -> None:
 
 def needs_text(parts: Parts, step: Step) -> bool:
     """Whether carrying a step out reads calibration text."""
-    return parts.reads or step.at_most_worse is not None
+    return parts.reads or step.at_most_worse is not None or parts.budget.searches

@@ -261,10 +261,12 @@ class Budget(ABC):
     """How many units stay at each site.
 
     A budget that ``surveys`` sees every site's scores on the dense model first (`observe` returns a small
-    summary, never the scores), and then allots counts that add up to the same total as uniform would.
+    summary, never the scores), and then allots counts that add up to the same total as uniform would. One that
+    ``searches`` says where the search begins.
     """
 
     surveys: ClassVar[bool] = False
+    searches: ClassVar[bool] = False  # counts are found by trying out whole models
     ranking: ClassVar[type[Score] | None] = None  # score to survey by; None: the step's own
 
     def observe(self, site: SiteInfo, scores: Tensor) -> Any:

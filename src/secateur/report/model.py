@@ -40,6 +40,36 @@ class SiteRecord:
 
 
 @dataclass(frozen=True)
+class SearchGeneration:
+    """One generation of a search: the loss of its parent and of its best on the same tokens, and how many sites
+    changed between the two (0: the parent stayed)."""
+
+    number: int
+    parent: float
+    best: float
+    changed: int
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """How an allocation was searched for.
+
+    Attributes:
+        loss: what was made small, with its unit.
+        before, after: of where the search began and of what was chosen, on all of its text.
+        tokens: of that text.
+        changed: sites whose count differs from where the search began.
+    """
+
+    loss: str
+    before: float
+    after: float
+    tokens: int
+    changed: int
+    generations: tuple[SearchGeneration, ...] = ()
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One step of the recipe as it was carried out.
 
@@ -51,6 +81,7 @@ class StepRecord:
         chain: the parts the method is made of, by slot (score, grain, budget, repair).
         sites: what stayed, site by site.
         seconds: wall time of the step, if it was taken.
+        search: how the counts were found, where the budget searches.
     """
 
     space: str
@@ -61,6 +92,7 @@ class StepRecord:
     chain: dict[str, str] = field(default_factory=dict)
     sites: tuple[SiteRecord, ...] = ()
     seconds: float | None = None
+    search: SearchRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from secateur.methods.base import Budget
 from secateur.methods.budgets.classes import ClassBlind, ClassDistribution, ClassUniform
 from secateur.methods.budgets.component_map import ComponentMap
+from secateur.methods.budgets.evopress import EvoPress
 from secateur.methods.budgets.owl import Owl
 from secateur.methods.budgets.pooled import Pooled
 from secateur.methods.budgets.uniform import Uniform
@@ -21,5 +22,6 @@ BUDGETS: Mapping[str, type[Budget]] = MappingProxyType(
         "class_uniform": ClassUniform,
         "class_distribution": ClassDistribution,
         "component_map": ComponentMap,
+        "evopress": EvoPress,
     }
 )

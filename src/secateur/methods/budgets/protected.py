@@ -28,6 +28,7 @@ class Protected(Budget):
                 works="first:2,last:1",
             )
         object.__setattr__(self, "surveys", self.inner.surveys)
+        object.__setattr__(self, "searches", self.inner.searches)
         object.__setattr__(self, "ranking", self.inner.ranking)
 
     def covers(self, site: SiteInfo) -> bool:
