@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from secateur.methods.base import Budget
+from secateur.methods.budgets.atp import Atp
 from secateur.methods.budgets.classes import ClassBlind, ClassDistribution, ClassUniform
 from secateur.methods.budgets.component_map import ComponentMap
 from secateur.methods.budgets.evopress import EvoPress
@@ -18,6 +19,7 @@ BUDGETS: Mapping[str, type[Budget]] = MappingProxyType(
         "uniform": Uniform,
         "pooled": Pooled,
         "owl": Owl,
+        "atp": Atp,
         "class_blind": ClassBlind,
         "class_uniform": ClassUniform,
         "class_distribution": ClassDistribution,

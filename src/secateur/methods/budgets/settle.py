@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 
 from secateur.errors import SecateurError
 from secateur.methods.base import Amount, SiteInfo
@@ -52,6 +53,57 @@ def total_count(sites: Sequence[SiteInfo], keep: Amount) -> int:
             )
         return kept
     return sum(uniform_count(site, keep) for site in sites)
+
+
+def affordable(sites: Sequence[SiteInfo], keep: Amount) -> Decimal:
+    """Parameters that may stay in all sites together: what `total_count` units cost where all cost the same, otherwise
+    ``keep`` of all parameters (for a count: what uniform would keep)."""
+    costs = {site.cost for site in sites}
+    if len(costs) <= 1:
+        return total_count(sites, keep) * Decimal(repr(costs.pop() if costs else 1.0))
+    if keep.share is not None:
+        return sum((site.units * Decimal(repr(site.cost)) for site in sites), Decimal(0)) * keep.share
+    return sum((uniform_count(site, keep) * Decimal(repr(site.cost)) for site in sites), Decimal(0))
+
+
+def afford(sites: Sequence[SiteInfo], wishes: Sequence[float], keep: Amount) -> dict[str, int]:
+    """Counts next to the wishes: multiples of each site's groups, between its minimum and its units. Where all units
+    cost the same, their total is exactly `total_count`; otherwise their parameters are at most `affordable`, and
+    there is no room left for one more group of any site.
+
+    Raises:
+        SecateurError: the minima alone cost more.
+    """
+    if len({site.cost for site in sites}) <= 1:
+        return settle(sites, wishes, total_count(sites, keep))
+    steps = [max(site.groups, 1) for site in sites]
+    least = [-(-site.minimum // g) * g for site, g in zip(sites, steps, strict=True)]
+    prices = [g * Decimal(repr(site.cost)) for site, g in zip(sites, steps, strict=True)]
+    counts = [
+        max(low, min(int(wish) // g * g, site.units // g * g))
+        for site, wish, low, g in zip(sites, wishes, least, steps, strict=True)
+    ]
+    left = affordable(sites, keep) - sum(
+        (n // g * price for n, g, price in zip(counts, steps, prices, strict=True)), Decimal(0)
+    )
+    while left != 0:
+        gap = [(wish - n) / g for wish, n, g in zip(wishes, counts, steps, strict=True)]
+        if left < 0:
+            able = [i for i, n in enumerate(counts) if n - steps[i] >= least[i]]
+            if not able:
+                raise SecateurError(
+                    f"at least {sum(least)} units must stay", received="fewer parameters", works="keep more of them"
+                )
+            at = min(able, key=lambda i: (gap[i], i))
+        else:
+            able = [i for i, n in enumerate(counts) if n + steps[i] <= sites[i].units and prices[i] <= left]
+            if not able:
+                break
+            at = max(able, key=lambda i: (gap[i], -i))
+        sign = 1 if left > 0 else -1
+        counts[at] += sign * steps[at]
+        left -= sign * prices[at]
+    return {site.name: count for site, count in zip(sites, counts, strict=True)}
 
 
 def settle(sites: Sequence[SiteInfo], wishes: Sequence[float], total: int) -> dict[str, int]:
