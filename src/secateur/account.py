@@ -90,6 +90,7 @@ def step_record(step: Step, parts: Parts, outcome: Outcome, seconds: float, only
         chain = {"score": step.score or "", **chain}
     else:
         chain = {"method": step.method or "", **chain}
+    chain |= {"effort": step.effort} if step.effort is not None else {}
     chain |= {"repair": step.repair} if step.repair is not None else {}
     chain |= {"fitted on": step.fit_on} if parts.repair is not None or parts.joint else {}
     said = ", ".join(f"{k} {v}" for k, v in step.to_words().items())

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal
 
+from secateur.effort import chain_of
 from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount
 from secateur.methods.fitting import FITS
@@ -26,6 +27,7 @@ from secateur.words import (
     read_worse,
 )
 
+NOFM = r"([0-9]{1,4}):([0-9]{1,4})"
 SPACES = ("weight", "ffn", "kv_group", "head", "layer", "expert")
 
 
@@ -63,6 +65,7 @@ class Step:
     space: str
     score: str | None = None
     method: str | None = None
+    effort: str | None = None
     keep: int | float | str | None = None
     sparsity: int | float | str | None = None
     target: str | None = None
@@ -84,6 +87,8 @@ class Step:
         for word in ("include", "exclude"):
             put(word, _patterns(getattr(self, word), word))
         put("map", read_rules(self.map))
+        if self.effort is not None:
+            self._settle_effort(put)
         if self.score is not None and self.method is not None:
             raise SecateurError(
                 "score and method both say what to keep", received=f"{self.score}, {self.method}", works="give one"
@@ -91,7 +96,7 @@ class Step:
         if self.score is None and self.method is None:
             raise SecateurError(
                 "neither score nor method is given",
-                works="score: magnitude needs no text; method: sparsegpt works on weights",
+                works="score: magnitude needs no text; method: sparsegpt works on weights; effort: fast chooses",
             )
         for word in ("score", "method", "budget", "repair"):
             if getattr(self, word) is not None:
@@ -102,6 +107,14 @@ class Step:
         self._settle_amount(put)
         if self.protect is not None:
             read_protect(self.protect)
+
+    def _settle_effort(self, put: Any) -> None:
+        """The words that the effort stands for, in the place of those that were left out."""
+        words = ("space", "score", "method", "budget", "repair", "fit_on")
+        given = {word: getattr(self, word) and str(getattr(self, word)) for word in words}
+        pattern = isinstance(self.grain, str) and re.fullmatch(NOFM, self.grain.strip()) is not None
+        for word, value in chain_of(str(self.effort), given, fixed=pattern or bool(self.map)).items():
+            put(word, value)
 
     def _settle_grain(self, put: Any) -> None:
         units = self.space != "weight"
@@ -185,7 +198,7 @@ class Step:
     @property
     def pattern(self) -> tuple[int, int] | None:
         """(n, m) if the grain is n:m."""
-        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", self.grain or "")
+        match = re.fullmatch(NOFM, self.grain or "")
         return (int(match[1]), int(match[2])) if match else None
 
     @property

@@ -1,0 +1,61 @@
+"""``--effort``: chains of method, budget and repair for who wants the best weights and names none of these.
+
+A chain is chosen by how long it may take, in dense forward passes over the calibration text (at most 4, 12 and 40).
+What each brought, and what was tried and left out, stands in docs/methods.md under "Effort".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from secateur.errors import SecateurError, unknown
+
+Words = Mapping[str, str]
+
+# Where every site may keep its own count, and for n:m, which leaves nothing to allocate.
+CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
+    {
+        "fast": ({"method": "alps", "budget": "atp"}, {"method": "alps"}),
+        "balanced": (
+            {"method": "alps", "budget": "atp", "repair": "local_reconstruction"},
+            {"method": "alps", "repair": "local_reconstruction"},
+        ),
+        "best": (
+            {"method": "alps", "budget": "evopress", "repair": "local_reconstruction"},
+            {"method": "alps", "repair": "local_reconstruction"},
+        ),
+    }
+)
+PASSES: Mapping[str, int] = MappingProxyType({"fast": 4, "balanced": 12, "best": 40})
+LEFT_OPEN: Words = MappingProxyType({"budget": "uniform", "fit_on": "pruned"})  # words that are never empty
+
+
+def chain_of(effort: str, given: Mapping[str, str | None], fixed: bool) -> Words:
+    """The words that an effort stands for.
+
+    Args:
+        effort: ``fast``, ``balanced`` or ``best``.
+        given: the step's own words (space, score, method, budget, repair, fit_on, and what they are).
+        fixed: the grain or a map fixes every site's count, so that there is nothing to allocate.
+
+    Raises:
+        SecateurError: unknown effort, not the weight space, or words that say otherwise.
+    """
+    if effort not in CHAINS:
+        raise unknown("effort", effort, tuple(CHAINS))
+    if given["space"] != "weight":
+        raise SecateurError(
+            "efforts are chains for single weights",
+            received=f"effort {effort}, space {given['space']}",
+            works="name a score for units, e.g. --score wanda --repair least_squares",
+        )
+    words = CHAINS[effort][1 if fixed else 0]
+    for word, value in given.items():
+        if word != "space" and value not in (None, LEFT_OPEN.get(word), words.get(word, LEFT_OPEN.get(word))):
+            raise SecateurError(
+                "an effort chooses the method, and a word says otherwise",
+                received=f"effort {effort}, {word} {value}",
+                works=f"leave {word} out, or leave effort out and name everything",
+            )
+    return words

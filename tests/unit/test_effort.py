@@ -1,0 +1,50 @@
+"""Efforts stand for words, and say so where a word contradicts them."""
+
+from __future__ import annotations
+
+import pytest
+
+from secateur.effort import CHAINS, PASSES
+from secateur.errors import SecateurError
+from secateur.parts import parts_of
+from secateur.step import MapRule, Step
+
+
+@pytest.mark.parametrize("effort", sorted(CHAINS))
+def test_an_effort_becomes_a_step_that_can_be_carried_out(effort: str) -> None:
+    free = Step("weight", effort=effort, sparsity=0.6)
+    parts = parts_of(free)
+    assert parts.joint and free.method == CHAINS[effort][0]["method"] and free.budget == CHAINS[effort][0]["budget"]
+    fixed = Step("weight", effort=effort, grain="2:4", keep=0.5)
+    assert parts_of(fixed).joint and fixed.budget == "uniform"
+    mapped = Step("weight", effort=effort, map=(MapRule("ffn", 0.5),))
+    assert mapped.budget == "uniform" and mapped.method == fixed.method
+
+
+@pytest.mark.parametrize("effort", sorted(CHAINS))
+def test_written_down_and_read_back_it_is_the_same_step(effort: str) -> None:
+    step = Step("weight", effort=effort, sparsity=0.6)
+    assert Step(**step.to_words()) == step
+    assert step.to_words()["effort"] == effort
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"effort": "huge"}, "huge"),
+        ({"effort": "fast", "score": "wanda"}, "score wanda"),
+        ({"effort": "fast", "method": "sparsegpt"}, "method sparsegpt"),
+        ({"effort": "fast", "budget": "owl"}, "budget owl"),
+        ({"effort": "best", "fit_on": "dense"}, "fit_on dense"),
+        ({"effort": "fast", "space": "ffn"}, "space ffn"),
+    ],
+)
+def test_what_contradicts_an_effort_is_refused(words: dict[str, str], said: str) -> None:
+    with pytest.raises(SecateurError) as refused:
+        Step(**{"space": "weight", "sparsity": 0.6, **words})
+    assert said in str(refused.value)
+
+
+def test_more_effort_may_take_longer() -> None:
+    assert list(PASSES) == ["fast", "balanced", "best"] == list(CHAINS)
+    assert sorted(PASSES.values()) == list(PASSES.values())
