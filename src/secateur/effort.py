@@ -18,12 +18,12 @@ CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
     {
         "fast": ({"method": "alps", "budget": "atp"}, {"method": "alps"}),
         "balanced": (
-            {"method": "alps", "budget": "atp", "repair": "local_reconstruction"},
-            {"method": "alps", "repair": "local_reconstruction"},
+            {"method": "alps", "budget": "atp", "repair": "local_reconstruction:passes=1"},
+            {"method": "alps", "repair": "local_reconstruction:passes=1"},
         ),
         "best": (
-            {"method": "alps", "budget": "evopress", "repair": "local_reconstruction"},
-            {"method": "alps", "repair": "local_reconstruction"},
+            {"method": "alps", "budget": "atp", "repair": "local_reconstruction:passes=4"},
+            {"method": "alps", "repair": "local_reconstruction:passes=4"},
         ),
     }
 )
