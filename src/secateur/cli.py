@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 STEP_WORDS = (
     *("space", "score", "method", "keep", "sparsity", "target", "grain", "budget", "apply", "protect", "map"),
-    *("include", "exclude", "at_most_worse", "repair", "fit_on"),
+    *("include", "exclude", "at_most_worse", "repair", "fit_on", "effort"),
 )
 RUN_WORDS = ("model", "out", "plan", "pack", "batch_size", "seed", "dtype", "device", "threads", "revision")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG)
@@ -142,21 +142,22 @@ def _measure(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
 
 
 def _write(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
-    from secateur import speed
+    from secateur import run
     from secateur.engine.running import Opening
     from secateur.printing import plain
+    from secateur.speed import RunRequest
 
     how = Opening(args.model, args.dtype, args.own_kernel, args.compile, args.trust_remote_code, args.revision)
-    request = speed.RunRequest(how, args.prompt, args.max_new_tokens, args.threads)
-    return plain(speed.write(request, progress)), None
+    return plain(run.run(RunRequest(how, args.prompt, args.max_new_tokens, args.threads), progress)), None
 
 
 def _bench(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
-    from secateur import speed
+    from secateur import run
     from secateur.measure.bench import BenchOptions
     from secateur.printing import plain
+    from secateur.speed import BenchRequest
 
-    request = speed.BenchRequest(
+    request = BenchRequest(
         models=tuple(args.models),
         options=BenchOptions(_counts(args.batch), _counts(args.prompt_tokens), args.new_tokens, args.rounds),
         dtype=args.dtype,
@@ -167,7 +168,7 @@ def _bench(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any]
         trust_remote_code=args.trust_remote_code,
         revision=args.revision,
     )
-    return plain(speed.compare(request, progress)), None
+    return plain(run.bench(request, progress)), None
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -179,13 +180,13 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _pack(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
-    from secateur import packing
+    from secateur import run
     from secateur.engine.host.origin import resolve
 
     origin = resolve(args.model, args.revision, args.trust_remote_code)
     if args.unpack:
-        return packing.unpack(origin, Path(args.out), args.overwrite, progress), None
-    return packing.pack(origin, Path(args.out), args.dtype, args.overwrite, progress), None
+        return run.unpack(origin, Path(args.out), args.overwrite, progress), None
+    return run.pack(origin, Path(args.out), args.dtype, args.overwrite, progress), None
 
 
 def _report(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str | None]:
@@ -317,6 +318,7 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--space", help="weight, ffn, kv_group, head, layer or expert")
     g.add_argument("--score", metavar="NAME", help="magnitude, wanda, ria, taylor, ... (docs/methods.md lists all)")
     g.add_argument("--method", metavar="NAME", help="sparsegpt: choose and repair in one sweep")
+    g.add_argument("--effort", metavar="E", help="fast, balanced or best: chooses method, budget and repair of weights")
     g.add_argument("--repair", metavar="NAME", help="least_squares, mean_bias or local_reconstruction: mend what stays")
     g.add_argument("--fit-on", metavar="S", help="dense, pruned or mix: whose inputs/outputs layers are fitted on")
     g.add_argument("--grain", help="row, matrix, columns:128, 2:4, tile:16x16 or unit: who competes with whom")

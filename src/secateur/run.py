@@ -27,7 +27,8 @@ from secateur.engine.outcome import outcome_of
 from secateur.engine.packed import refuse_packed
 from secateur.engine.plan import Plan, keeps_of
 from secateur.engine.store import RECORD, Store
-from secateur.engine.text import calibration, check_disjoint, documents, pack, test_windows
+from secateur.engine.text import calibration, check_disjoint, documents, test_windows
+from secateur.engine.text import pack as packed_text
 from secateur.engine.walk import batches_of
 from secateur.engine.write import StepWriter, check_out, publish, writing
 from secateur.errors import SecateurError
@@ -39,7 +40,9 @@ from secateur.measure.compare import measure as measure_subjects
 from secateur.measure.latency import LatencyOptions
 from secateur.measure.options import MeasureOptions, Subject
 from secateur.measure.types import Comparison, Measurement
+from secateur.packing import pack as pack
 from secateur.packing import packed_in_place
+from secateur.packing import unpack as unpack
 from secateur.parts import parts_of
 from secateur.predict import predict
 from secateur.prepared import fits_said, prepared
@@ -51,6 +54,8 @@ from secateur.report.card import card
 from secateur.report.codec import build, plain
 from secateur.report.files import redraw
 from secateur.report.model import Report, StepRecord
+from secateur.speed import bench as bench
+from secateur.speed import run as run
 from secateur.stage import Conditions, Stage, check_space, needs_text
 from secateur.step import Step
 from secateur.workdir import BlockSink, finished, opened
@@ -113,7 +118,7 @@ def measure(request: MeasureRequest, progress: Progress | None = None) -> tuple[
         def opener(o: Origin = origin) -> nn.Module:
             return _whole(o, device)
 
-        subjects.append(Subject(given, opener, read_tokenizer(origin), path))
+        subjects.append(Subject(given, opener, read_tokenizer(origin), path, origin.trust_remote_code))
         if origin.kind == "directory":  # every model's headers, before the first one's weights
             _check_text(request, subjects[-1].tokenizer, Store.open(origin).config)
     options = MeasureOptions(
@@ -135,7 +140,7 @@ def _check_text(request: MeasureRequest, tokenizer: Any, config: Any) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = min(request.length, limit) if isinstance(limit, int) and limit > 0 else request.length
     if tokenizer is not None and sum(map(len, docs)) < 64 * length:
-        test_windows(pack(tokenizer, docs), 1, length)
+        test_windows(packed_text(tokenizer, docs), 1, length)
 
 
 def report(out: Path | str) -> Path:
@@ -314,8 +319,9 @@ class _Run:
             self.notes.append("quality was not measured: the model has no tokenizer")
         options = self.measure_options()
         path = self.origin.path / self.origin.gguf_file if self.origin.gguf_file else self.origin.path
+        made = replace(self.origin, given=str(ready), kind="directory", path=ready, gguf_file=None)
         dense = Subject(f"{self.recipe.model} (dense)", lambda: _loaded(self.store, self.device), tokenizer, path)
-        pruned = Subject(str(self.out), lambda: load(ready).to(self.device), tokenizer, ready)
+        pruned = Subject(str(self.out), lambda: _whole(made, self.device), tokenizer, ready, made.trust_remote_code)
         with self.clock.phase("measure"):
             return measure_subjects([dense, pruned], options, _shares(self.progress))
 
@@ -324,7 +330,11 @@ class _Run:
         return MeasureOptions.short()
 
     def _loader(self, ready: Path) -> str:
-        names = json.loads((ready / "config.json").read_text()).get("architectures") or [""]
+        words = json.loads((ready / "config.json").read_text())
+        names = words.get("architectures") or [""]
+        for auto, reference in words.get("auto_map", {}).items():
+            if str(reference).rpartition(".")[2] == names[0]:
+                return str(auto)
         return (
             "AutoModelForMaskedLM"
             if "MaskedLM" in names[0]
@@ -417,7 +427,7 @@ class _Run:
             windows = calibration(text, tokenizer)
         if self.recipe.measure and self.how.measure and text.source not in ("self", "builtin"):
             options = self.measure_options()
-            test = test_windows(pack(tokenizer, documents("builtin", "test")), options.windows, options.length)
+            test = test_windows(packed_text(tokenizer, documents("builtin", "test")), options.windows, options.length)
             check_disjoint(windows, test, (text.source, "the builtin test text"))
         self.hashes["calibration tokens"] = tensor_hash(windows)
         return windows
@@ -434,7 +444,7 @@ def _loaded(store: Store, device: torch.device) -> nn.Module:
 
 def _whole(origin: Origin, device: torch.device) -> nn.Module:
     if origin.kind == "directory" and (origin.path / RECORD).is_file():
-        return load(origin.path).to(device)
+        return load(origin.path, trust_remote_code=origin.trust_remote_code).to(device)
     return _loaded(Store.open(origin), device)
 
 

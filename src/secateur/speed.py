@@ -13,7 +13,8 @@ from secateur.engine.decoders import continued
 from secateur.engine.host.origin import read_tokenizer, resolve
 from secateur.engine.running import Opening, Running, opened
 from secateur.errors import SecateurError
-from secateur.measure.bench import BenchOptions, Residence, Shape, bench, residence
+from secateur.measure.bench import BenchOptions, Residence, Shape, residence
+from secateur.measure.bench import bench as timed
 from secateur.measure.generation import stops
 from secateur.measure.residence import resident
 from secateur.progress import Progress, Silent
@@ -64,7 +65,7 @@ class BenchRequest:
         return [Opening(model, self.dtype, False, self.compiled, *words) for model in self.models]
 
 
-def write(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]:
+def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Continue a prompt greedily, and say how long it took.
 
     Raises:
@@ -124,7 +125,7 @@ def _room(running: Running, prompt: int, wanted: int) -> int:
     return limit - prompt
 
 
-def compare(request: BenchRequest, progress: Progress | None = None) -> dict[str, Any]:
+def bench(request: BenchRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Time models side by side; plain data in the words of ``--json``.
 
     Raises:
@@ -164,7 +165,7 @@ def compare(request: BenchRequest, progress: Progress | None = None) -> dict[str
         tell.advance(int(100 * done) - int(100 * shares[0]))
         shares[0] = done
 
-    found = bench([r.decoder for r in runs], min(r.vocabulary for r in runs), request.options, share)
+    found = timed([r.decoder for r in runs], min(r.vocabulary for r in runs), request.options, share)
     own = found[-1] if request.own_kernel else None
     memory: list[Residence | None] = [None for _ in openings]
     if request.memory:

@@ -16,6 +16,7 @@ from secateur.anatomy import anatomy_of
 from secateur.anatomy.types import Anatomy
 from secateur.engine.distribute import World
 from secateur.engine.gradients import gradients
+from secateur.engine.heap import give_back
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.plan import Plan
 from secateur.engine.probes import Evidence, Gradient, Probe
@@ -159,8 +160,6 @@ class Stage:
         needs = self._walk_needs(replay is None, fits) if len(skip) < len(self.blocks) else ()
         for visit in self.visits(needs, phase=f"step {self.number + 1}", skip=skip, fits=fits):
             index = visit.block.index
-            if not index:  # the text is inside by now: embedding and head are not needed before the end
-                self.store.release_rest(self.model)
             if index in skip:
                 done = sink.restore(self.model, index)
             else:
@@ -263,6 +262,7 @@ class Stage:
             fits: weights will be fitted, so the walk carries what `Parts.fit_on` and the repair ask for.
         """
         gradient, skip = self.gradient if gradient is None else gradient, skip or set()
+        survey = dense
         inputs, beside = fits and self.parts.streams, fits and self.parts.fit_on == "mix"
         dense = dense or self.parts.fit_on == "dense"
         if not beside:  # one stream alone: a survey, or a search on the dense model's activations
@@ -292,6 +292,7 @@ class Stage:
             device=self.at.device,
             dtype=self.at.dtype,
             spill=self.at.spill,
+            captured=(lambda: None) if survey else self._let_go,
             world=self.at.world,
             skip=skip.__contains__,
             tick=tick,
@@ -304,6 +305,11 @@ class Stage:
             yield visit
             if not reads:
                 tick(1)
+
+    def _let_go(self) -> None:
+        """Embedding and head go before the first block comes; `run` brings them back at its end."""
+        self.store.release_rest(self.model)
+        give_back()
 
     def _gradient_names(self, visit: Visit) -> list[str]:
         return [s.name for s in matrix_sites(visit, visit.block.matrices, len(self.anatomy.blocks), self.at.seed)]

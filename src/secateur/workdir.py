@@ -34,9 +34,10 @@ from secateur.recipe import How, Recipe, diff
 
 
 def fingerprint(origin: Origin) -> str:
-    """What identifies a model's files without reading their weights: names, sizes, headers and the config."""
+    """What identifies a model's files without reading their weights: sizes, headers, config, code that may run."""
     digest = hashlib.sha256()
     files = [origin.path / origin.gguf_file] if origin.gguf_file else sorted(origin.path.glob("*.safetensors"))
+    files += sorted(origin.path.glob("*.py")) if origin.trust_remote_code else []
     for path in [*files, origin.path / "config.json"]:
         if path.is_file():
             digest.update(f"{path.name} {path.stat().st_size}".encode())

@@ -97,7 +97,7 @@ def test_rows_are_in_the_order_given_and_ratios_are_exact(
     monkeypatch.setattr(speed, "opened", opened)
     monkeypatch.setattr(speed, "residence", memory)
     options = BenchOptions((1, 2), (10,), 4, 2)
-    found = speed.compare(BenchRequest(("b", "a"), options, dtype="bf16", own_kernel=True))["models"]
+    found = speed.bench(BenchRequest(("b", "a"), options, dtype="bf16", own_kernel=True))["models"]
     assert seen == [("b", "bf16", False), ("a", "bf16", False), ("a", "bf16", True)]
     assert [m["model"] for m in found] == ["b", "a", "a (own dense kernel)"]
     assert [m["decode_ms_per_token"] for m in found] == pytest.approx([20, 60, 30])
@@ -119,7 +119,7 @@ def test_own_kernel_needs_a_dense_model(monkeypatch: pytest.MonkeyPatch) -> None
         speed, "opened", lambda how: Running(make("llama"), Clocked("p", {"now": 0.0}, [], (1, 1)), "bf16", packed=True)
     )
     with pytest.raises(SecateurError, match=r"every model given is packed.*give the dense model as well"):
-        speed.compare(BenchRequest(("p",), own_kernel=True, memory=False))
+        speed.bench(BenchRequest(("p",), own_kernel=True, memory=False))
 
 
 def test_the_verb(tmp_path: Path, capsys: Any) -> None:

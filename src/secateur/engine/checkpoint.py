@@ -20,6 +20,7 @@ from secateur.anatomy.types import Block
 from secateur.engine.apply import cut, updated_config
 from secateur.engine.host.build import describe_skeleton, skeleton_model
 from secateur.engine.host.origin import Origin, quiet, resolve
+from secateur.engine.host.own_code import code_files
 from secateur.engine.outcome import Outcome, outcome_of
 from secateur.engine.packed_model import load_packed
 from secateur.engine.ragged import ORDER
@@ -29,7 +30,12 @@ from secateur.errors import SecateurError
 from secateur.sparse.linear import PackedLinear
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """Load a model: any checkpoint Secateur wrote, ragged, packed or neither, and whatever else it reads.
 
     Args:
@@ -37,11 +43,12 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         dtype: of float weights; None: what the config says, as in Transformers. Packed matrices keep theirs, and take
             and give activations of this one.
         device: where the weights go. Packed matrices stay packed on the CPU and are unpacked elsewhere.
+        trust_remote_code: run the code that comes with a model.
 
     Raises:
         SecateurError: anything wrong with the files; see `Store.open`.
     """
-    store = Store.open(resolve(path), dtype)
+    store = Store.open(resolve(path, trust_remote_code=trust_remote_code), dtype)
     store.dtype = dtype or store.usual_dtype()
     model: Any = store.skeleton()
     if store.packed and torch.device(device).type == "cpu":
@@ -87,6 +94,8 @@ def save(model: nn.Module, out: str | Path, tokenizer: Any = None, overwrite: bo
         writer.write_rest(model)
         ready = writer.finish(outcome)
         with writing(ready):
+            for path in code_files(model):
+                shutil.copyfile(path, ready / path.name)
             generation = getattr(model, "generation_config", None)
             if generation is not None:
                 generation.save_pretrained(ready)

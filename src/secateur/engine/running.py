@@ -81,7 +81,8 @@ def opened(how: Opening) -> Running:
     """
     origin = resolve(how.model, how.revision, how.trust_remote_code)
     dtype = DTYPES[how.dtype] if how.dtype else None
-    model = load(origin.path if origin.kind == "directory" else how.model, dtype)
+    place = origin.path if origin.kind == "directory" else how.model
+    model = load(place, dtype, trust_remote_code=how.trust_remote_code)
     if not describe_skeleton(model).causal:
         raise SecateurError(
             "only a causal language model writes text", received=type(model).__name__, works="give one with a head"

@@ -52,6 +52,7 @@ class WalkSettings:
             fp32 (with all of it in bf16, SparseGPT at 50 % lost 1.4 % perplexity on a 135M model).
         spill: directory for activations that do not fit; None keeps them in memory.
         world: this process among those that share the text.
+        captured: called once the text is inside: embedding and head are not needed any more.
         skip: blocks whose evidence nobody needs (they were finished by an earlier run).
         tick: called with the number of batches done, for progress.
     """
@@ -64,6 +65,7 @@ class WalkSettings:
     dtype: torch.dtype = torch.float32
     spill: Path | None = None
     world: World = field(default_factory=World)
+    captured: Callable[[], None] = lambda: None
     skip: Callable[[int], bool] = lambda index: False
     tick: Callable[[int], None] = lambda n: None
 
@@ -186,6 +188,7 @@ def walk(
         may set ``visit.module``'s block to already finished weights (a resumed run): evidence is then unused.
     """
     feed = _Feed(model, anatomy, batches, how) if how.needs or how.inputs else None
+    how.captured()
     blocks = model.get_submodule(anatomy.path)
     assert isinstance(blocks, nn.ModuleList)
     try:

@@ -232,7 +232,7 @@ def _peak(guest: _Guest, path: Path | None, options: LatencyOptions) -> int | No
         _note(guest, "peak memory is measured for checkpoint directories only")
         return None
     try:
-        return peak_rss(path, options, guest.found.size.dtype)
+        return peak_rss(path, options, guest.found.size.dtype, guest.subject.trust_remote_code)
     except SecateurError as error:
         _note(guest, str(error))
         return None

@@ -87,22 +87,21 @@ def timing(seconds: Sequence[float]) -> Timing:
     return Timing(median, low, high, len(seconds))
 
 
-def peak_rss(path: Path, options: LatencyOptions, dtype: str) -> int:
+def peak_rss(path: Path, options: LatencyOptions, dtype: str, trust_remote_code: bool = False) -> int:
     """Peak resident bytes of a fresh process that loads the checkpoint, reads one prompt and writes a few tokens.
 
     Raises:
         SecateurError: the process failed; its last words are passed on.
     """
-    order = json.dumps(
-        {"path": str(path), "dtype": dtype, "threads": torch.get_num_threads(), "options": asdict(options)}
-    )
+    words = {"path": str(path), "dtype": dtype, "threads": torch.get_num_threads(), "options": asdict(options)}
+    order = json.dumps({**words, "trust_remote_code": trust_remote_code})
     done = subprocess.run(
         [sys.executable, "-m", "secateur.measure.rss", order], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise SecateurError(
-            f"the process that measures memory failed: {words[-1]}",
+            f"the process that measures memory failed: {last[-1]}",
             received=str(path),
             works="a model that fits into the free memory a second time",
         )

@@ -27,12 +27,14 @@ class Subject:
             at most two are in memory.
         tokenizer: None: nothing is measured on text.
         path: its files, for their size and for peak memory.
+        trust_remote_code: whether the process that looks at peak memory may run code that comes with the model.
     """
 
     name: str
     model: nn.Module | Callable[[], nn.Module]
     tokenizer: Any = None
     path: Path | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

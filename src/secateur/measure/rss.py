@@ -1,7 +1,8 @@
 """``python -m secateur.measure.rss ORDER``: one process, one model, one prompt; writes its peak resident bytes.
 
 A process of its own because a peak never comes down again: measured in place, the second model would inherit
-the first one's. ORDER is JSON: ``{"path", "dtype", "threads", "options"}`` as `secateur.measure.latency` makes it.
+the first one's. ORDER is JSON as `secateur.measure.latency` makes it: ``{"path", "dtype", "threads", "options"}``, and
+``"trust_remote_code"`` where the model brings code of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main(order: str) -> int:
 
     words = json.loads(order)
     torch.set_num_threads(words["threads"])
-    model = load(Path(words["path"]), dtype=getattr(torch, words["dtype"])).eval()
+    trust = words.get("trust_remote_code", False)
+    model = load(Path(words["path"]), dtype=getattr(torch, words["dtype"]), trust_remote_code=trust).eval()
     options = LatencyOptions(**{**words["options"], "repeats": 1, "rss": False})
     latency([model], options)
     return peak_bytes()

@@ -99,6 +99,8 @@ def numbers(report: Report) -> Markup | None:
 def snippet(report: Report, place: str) -> str:
     """Python that loads the result from ``place``."""
     where = json.dumps(place, ensure_ascii=False)
+    if report.recipe.get("trust_remote_code"):
+        where += ", trust_remote_code=True"
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({where})\n"
     if report.loader == "secateur.load":
         return f"import secateur\nfrom transformers import AutoTokenizer\n\nmodel = secateur.load({where})\n{tokenizer}"

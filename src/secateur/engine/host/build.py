@@ -14,11 +14,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from secateur.anatomy.types import Skeleton, TensorInfo
+from secateur.engine.host.own_code import BROKEN, NAMES, ORDER, own_classes
 from secateur.errors import SecateurError, unknown
 
 CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 SWITCHES = ("is_transposed", "is_concatenated")  # how a stack of experts is stored
-ORDER = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
 
 
 def skeleton_model(config: PreTrainedConfig) -> nn.Module:
@@ -36,12 +36,14 @@ def skeleton_model(config: PreTrainedConfig) -> nn.Module:
 
 def build_model(config: PreTrainedConfig, attention: str | None = None) -> PreTrainedModel:
     """The same with memory of its own, on the current default device, with Transformers' initial values."""
+    options = {"attn_implementation": attention} if attention else {}
+    own = own_classes(config)
     for auto in _autos(config):
-        if type(config) not in auto._model_mapping:
+        if auto.__name__ not in own if own else type(config) not in auto._model_mapping:
             continue
         try:
-            return auto.from_config(config, **({"attn_implementation": attention} if attention else {}))
-        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError) as error:
+            return own[auto.__name__]._from_config(config, **options) if own else auto.from_config(config, **options)
+        except BROKEN as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SecateurError(
                 f"Transformers cannot build a {config.model_type} model from this config: {first}",
@@ -57,6 +59,9 @@ def build_model(config: PreTrainedConfig, attention: str | None = None) -> PreTr
 
 def _autos(config: PreTrainedConfig) -> tuple[Any, ...]:
     named = (config.architectures or [""])[0] or ""
+    own = own_classes(config)
+    if own:  # the class it names, whatever it is called
+        return tuple(sorted(ORDER, key=lambda auto: getattr(own.get(auto.__name__), "__name__", "") != named))
     if "MaskedLM" in named:
         return (AutoModelForMaskedLM, AutoModel)
     if named and "For" not in named and "LMHead" not in named:
@@ -163,6 +168,9 @@ def describe_skeleton(model: nn.Module) -> Skeleton:
 
 def _causal(model: nn.Module, text: PreTrainedConfig) -> bool:
     name = type(model).__name__
+    own = own_classes(text)
+    if own:
+        return own.get(NAMES[0]) is type(model)
     return ("CausalLM" in name or "LMHead" in name or name.endswith("ForConditionalGeneration")) and bool(
         getattr(text, "is_decoder", True) or type(text) in AutoModelForCausalLM._model_mapping
     )

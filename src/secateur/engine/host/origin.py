@@ -12,7 +12,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,11 +30,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from secateur.engine.headers import read_json
 from secateur.engine.host.frugal import parsed_once
+from secateur.engine.host.own_code import own_names, with_own_code
 from secateur.engine.packed_files import is_packed, without_packing
 from secateur.errors import SecateurError
 
@@ -96,7 +98,7 @@ def resolve(model: str | Path, revision: str | None = None, trust_remote_code: b
         return _gguf(given, _packaged(), trust_remote_code)
     if given.endswith(".gguf") or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", given):
         raise SecateurError("no such model", received=given, works="give a directory, a .gguf file or a hub id")
-    return Origin(given, "directory", _fetch(given, revision), None, trust_remote_code)
+    return Origin(given, "directory", _fetch(given, revision, trust_remote_code), None, trust_remote_code)
 
 
 def read_config(origin: Origin) -> PreTrainedConfig:
@@ -117,12 +119,22 @@ def read_config(origin: Origin) -> PreTrainedConfig:
         check_config(raw, origin.trust_remote_code)
         raw.pop("per_layer_config", None)
         if origin.trust_remote_code and "auto_map" in raw:
-            config = built(origin, lambda: AutoConfig.from_pretrained(origin.path, trust_remote_code=True))
+            config = built(origin, lambda: _own_config(origin, raw))
+            with_own_code(config, raw["auto_map"], origin.path)
         else:
             config = built(origin, lambda: CONFIG_MAPPING[raw["model_type"]].from_dict(raw))
     if not config.architectures:
         config.architectures = list(candidates(config))[:1] or None
     return config
+
+
+def _own_config(origin: Origin, raw: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a trusted model that brings code: of its own config class, or of one that Transformers has."""
+    if "AutoConfig" in raw["auto_map"]:
+        with redirect_stdout(io.StringIO()):
+            kind = get_class_from_dynamic_module(raw["auto_map"]["AutoConfig"], origin.path)
+        return kind.from_dict(raw)
+    return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
 
 
 def raw_config(origin: Origin) -> dict[str, Any]:
@@ -145,6 +157,7 @@ def candidates(config: PreTrainedConfig) -> Iterator[str]:
 
     A family that has both is causal only if the config makes it a decoder (BERT's ``is_decoder``).
     """
+    yield from own_names(config)
     kind = type(config)
     masked = kind in AutoModelForMaskedLM._model_mapping
     for auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel):
@@ -314,7 +327,7 @@ def _packaged() -> Path:
     )
 
 
-def _fetch(repository: str, revision: str | None) -> Path:
+def _fetch(repository: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     unreachable: tuple[Any, ...] = (
@@ -322,8 +335,9 @@ def _fetch(repository: str, revision: str | None) -> Path:
         ValueError,
         *HfHubHTTPError.__bases__,
     )  # its base class is the HTTP library's own
+    patterns = [*FETCHED, *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FETCHED)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except unreachable as error:
         raise SecateurError(
             "no such directory or file, and the hub does not answer with such a model",
