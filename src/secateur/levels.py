@@ -207,7 +207,7 @@ def _restore(module: nn.Module, dense: Mapping[str, Tensor], silenced: list[Sile
 def _folded(new: Tensor) -> dict[str, Tensor]:
     """Values as they are kept: vectors plainly, matrices (stacks of them one below the other) without zeros."""
     if new.dim() < 2:
-        return {"plain": new.detach().cpu()}
+        return {"plain": new.detach().cpu().clone()}  # the module is restored before this is written
     return dict(pack(new.detach().cpu().reshape(-1, new.shape[-1]), VALUES, "bitmask").parts)
 
 
