@@ -19,6 +19,7 @@ from secateur.measure.size import size
 from secateur.packing import packed_bytes
 from secateur.parts import parts_of
 from secateur.predict_memory import ram
+from secateur.predict_search import disk, searching
 from secateur.predict_time import durations
 from secateur.stage import Stage
 
@@ -75,7 +76,7 @@ def predict(run: _Run, first: Stage) -> Forecast:
         parts,
         round(sum(phases.values()), 3),
         {name: round(seconds, 3) for name, seconds in phases.items()},
-        2 * written * len(run.steps),
+        2 * written * len(run.steps) + disk(run, first),
         tuple(notes),
     )
 
@@ -92,6 +93,8 @@ def _shrunk(run: _Run, notes: list[str], macs: list[int]) -> tuple[Any, int]:
         stage = Stage(run.store, replace(step, budget="uniform"), number, run.conditions(), model)
         if run.replay is None and parts_of(step).budget.surveys:
             notes.append("the budget surveys the model first; counts were predicted as if it were uniform")
+        if searching(run, step) is not None:
+            notes.append("which site keeps how much is searched for; together they keep what uniform would")
         if run.replay is not None:
             zeros += _replayed(stage, run.replay.step(number))
             continue

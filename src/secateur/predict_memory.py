@@ -13,6 +13,7 @@ from secateur.cliff import curve_step
 from secateur.engine.probes import Gradient, Probe
 from secateur.measure.passes import LOGIT_BYTES
 from secateur.parts import parts_of
+from secateur.predict_search import memory
 from secateur.stage import Stage
 from secateur.step import Step
 
@@ -45,6 +46,8 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
     turned = [curve_step(run.steps[0])] if run.recipe.curve and not run.how.only_plan else []
     for step in [*turned, *(step for step in run.steps if step.worse is not None)]:
         phases.append(_turned(run, first, step, sum(blocks), outside))
+    for step in run.steps:
+        phases += memory(run, first, step, blocks, outside)
     if run.recipe.measure and run.how.measure and not run.how.only_plan:
         dense = sum(blocks) if held else stored[0]  # of a model in memory, what lies outside the blocks is not copied
         pair = {"dense and pruned model": max(dense + stored[1], sum(blocks) + outside)}

@@ -22,12 +22,14 @@ from secateur.engine.probes import Contribution, CrossGram, Gradient, Gram, Loca
 from secateur.engine.walk import products_in
 from secateur.measure.size import TOP_K
 from secateur.methods.base import Amount
-from secateur.methods.least_squares import STEPS, WIDE
+from secateur.methods.budgets.evopress import EvoPress
 from secateur.methods.repairs.least_squares import LeastSquares
 from secateur.methods.repairs.local_reconstruction import LocalReconstruction
 from secateur.methods.sites import block_matrices
 from secateur.parts import Parts, parts_of
-from secateur.predict_memory import head_macs, inputs, vocabulary
+from secateur.predict_memory import head_macs, inputs, pruned, share_of, vocabulary
+from secateur.predict_methods import Work, aim_work, method_work, repair_work
+from secateur.predict_search import passes, searching
 from secateur.stage import Stage
 from secateur.step import Step
 
@@ -85,6 +87,10 @@ def durations(
         out[f"step {n + 1}"] = _step(run, first, step, own, head, at) + 3 * written / DISK
         if step.worse is not None and run.replay is None:
             out[f"search of step {n + 1}"] = _search(run, first, step, own, head, at)
+        if (options := searching(run, step)) is not None:
+            out[f"search of step {n + 1}"] = _evolution(run, first, step, own, head, at) + _candidates(
+                run, options, own + head, at
+            )
     if run.recipe.curve and not run.how.only_plan:
         step = curve_step(run.steps[0])
         points = len(LEVELS) * _perplexity(run, macs[0], at) + (len(LEVELS) - 1) * _decide(first, step, at)
@@ -245,6 +251,23 @@ def _search(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed)
     once = _perplexity(run, own + head, at) + _decide(first, step, at)
     gathered = _gather(run, first, parts_of(step).needs, own, head, at, dense=True)
     return gathered + (1 + log2(FINEST)) * once + TRIED * (once + _step(run, first, step, own, head, at))
+
+
+def _evolution(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed) -> float:
+    """Before a search by evolution: layers ranked, or every site made at every level."""
+    parts, options = parts_of(step), searching(run, step)
+    assert options is not None
+    if step.space == "layer":
+        return _gather(run, first, parts.ranking.needs, own, head, at, dense=True)
+    gathered = _gather(run, first, parts.needs, own, head, at, dense=True)
+    return gathered + (2 * options.levels + 1) * _decide(first, step, at)
+
+
+def _candidates(run: _Run, options: EvoPress, macs: int, at: Speed) -> float:
+    """The text through the dense model, and each candidate's share of it through that."""
+    tokens, blocks = passes(run, options), run.store.blocks
+    each = macs * at.product * OVERHEAD + vocabulary(run.store.config) * at.logit * LOSS
+    return tokens * (each + blocks * CALL / run.recipe.text.length)
 
 
 def _measurement(run: _Run, first: Stage, macs: tuple[int, int], head: int, at: Speed) -> float:

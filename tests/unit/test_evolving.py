@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -15,6 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from secateur import predict_time
+from secateur.answers import Answers
+from secateur.engine.headers import read_header
 from secateur.engine.plan import Plan
 from secateur.engine.store import Store
 from secateur.errors import SecateurError
@@ -286,3 +289,39 @@ def test_options_say_what_a_generation_reads() -> None:
     budget: Any = parts_of(step).budget
     assert budget.tokens_each == 16 * 1024 + 5 * 4096
     assert replace(budget, survivors=1, tokens=100).tokens_each == 17 * 100
+
+
+def test_the_dry_run_knows_what_a_search_reads_and_keeps(
+    ground: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: Sequence[object] = ("--space", "weight", "--score", "magnitude", "--sparsity", 0.5, "--budget", SHORT)
+    text = ("--text", ground / "text.txt", "--samples", 5, "--length", 10, "--batch-size", 2, "--no-measure")
+    command = ("prune", ground / "model", "-o", ground / "dry", *text, *words, "--json")
+    speed = predict_time.Speed(product=1e-6, measured=0.0, vector=0.0, score=0.0, logit=0.0, hashed=0.0)
+    monkeypatch.setattr(predict_time, "speed_of", lambda run, first: speed)
+    assert cli(*command, "--dry-run") == 0
+    told = json.loads(capsys.readouterr().out)["dry_run"]
+    read, kept = [50], []  # the dense model reads the text once
+
+    def divergence(self: Answers, model: Any, windows: Tensor, pieces: Any, dtype: torch.dtype) -> float:
+        read.append(sum(n for _, n in pieces))
+        return real(self, model, windows, pieces, dtype)
+
+    def remove(self: LevelFiles) -> None:
+        for path in self.folder.glob("search-*.safetensors"):
+            kept.append(sum(e.end - e.begin for e in read_header(path).tensors.values()))
+        gone(self)
+
+    real, gone = Answers.divergence, LevelFiles.remove
+    monkeypatch.setattr(Answers, "divergence", divergence)
+    monkeypatch.setattr(LevelFiles, "remove", remove)
+    assert cli(*command) == 0
+    per_token = 3 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 40 + 2 * 32 * 10) + 64 * 32
+    seconds = sum(read) * (1e-6 * predict_time.OVERHEAD * per_token + 3 * predict_time.CALL / 10)
+    assert told["phases"]["search of step 1"] == pytest.approx(seconds, rel=1e-3)
+    weights = sum(s["total"] for s in prune(ground, "dry-u", *words[:6])["sites"])
+    levels = 7 * weights // 8
+    answers = 50 * (64 * 8 + 4)  # all of a vocabulary of 64
+    assert sum(kept) == pytest.approx(levels + answers, rel=0.01)
+    assert told["disk"] - answers - levels == 2 * told["bytes"][1]
+    assert any("searched" in note for note in told["notes"])
