@@ -23,12 +23,12 @@ from secateur.engine.walk import products_in
 from secateur.measure.size import TOP_K
 from secateur.methods.base import Amount
 from secateur.methods.budgets.evopress import EvoPress
+from secateur.methods.least_squares import STEPS, WIDE
 from secateur.methods.repairs.least_squares import LeastSquares
 from secateur.methods.repairs.local_reconstruction import LocalReconstruction
 from secateur.methods.sites import block_matrices
 from secateur.parts import Parts, parts_of
-from secateur.predict_memory import head_macs, inputs, pruned, share_of, vocabulary
-from secateur.predict_methods import Work, aim_work, method_work, repair_work
+from secateur.predict_memory import head_macs, inputs, vocabulary
 from secateur.predict_search import passes, searching
 from secateur.stage import Stage
 from secateur.step import Step
