@@ -178,10 +178,10 @@ class _Search:
             if moved
             else f"nothing better than {origin} was found"
         )
+        how = "" if self.stage.step.space == "layer" else ", every site pruned on the dense model's activations"
         note = (
             f"step {self.stage.number + 1}: a search over {len(state.history)} generations: {better}; KL to the dense "
-            f"model {ends[0]:.4g} to {ends[1]:.4g} nats a token on {tokens:,} tokens of the calibration text, every "
-            "site pruned on the dense model's activations"
+            f"model {ends[0]:.4g} to {ends[1]:.4g} nats a token on {tokens:,} tokens of the calibration text{how}"
         )
         return record, note
 
