@@ -31,7 +31,7 @@ from secateur.methods.budgets.protected import Protected
 from secateur.parts import Parts
 from secateur.report.model import SearchGeneration, SearchRecord
 from secateur.search.evolve import Generation, Levels, Piece, Schedule, State, Text, evolve
-from secateur.search.ladders import Ladder
+from secateur.search.ladders import Ladder, together
 from secateur.stage import Stage
 from secateur.step import Step
 
@@ -125,7 +125,8 @@ class _Search:
         self.schedule = Schedule(options.generations, options.offspring, stages)
         self.path = folder / "search.json"
         self.seed = f"{stage.at.seed}/{stage.number}"
-        self.read = 0
+        self.read = self.total = self.count = 0
+        self.groups: list[list[int]] = []  # sites with a level in common; none: each has its own
         self.board: Switchboard | Layers | None = None
         self.answers: Answers | None = None
 
@@ -141,6 +142,10 @@ class _Search:
             sites = sites_of(stage, self.options.levels, self.options.step)
             steps = [s.ladder for s in sites]
             files = LevelFiles(self.folder, sites)
+            if self.options.each == "layer":
+                self.groups = by_layer(sites)
+                steps = together(steps, self.groups)
+        self.count = len(sites) or len(steps)
         start = tuple(0 for _ in steps)
         state, ends = self._taken_up(State(start), steps)
         while ends is None:
@@ -160,21 +165,28 @@ class _Search:
         if files is not None:
             files.remove()
         (self.folder / "search-dense.safetensors").unlink(missing_ok=True)
-        counts = {s.info.name: s.count(level) for s, level in zip(sites, state.parent, strict=False)}
+        counts = {s.info.name: s.count(level) for s, level in zip(sites, self._each(state.parent), strict=False)}
         plan = None
         if layers:
             stays = torch.tensor([bool(k + level) for k, level in zip(keep.tolist(), state.parent, strict=True)])
             plan = Plan({f"{stage.number}/layer/model": stays})
         return Searched(counts, plan, *self._told(state, ends))
 
+    def _each(self, levels: Levels) -> Levels:
+        """The levels of all sites."""
+        if not self.groups:
+            return levels
+        own = {at: level for members, level in zip(self.groups, levels, strict=True) for at in members}
+        return tuple(own.get(at, 0) for at in range(self.count))
+
     def _told(self, state: State, ends: tuple[float, float]) -> tuple[SearchRecord, str]:
         generations = tuple(SearchGeneration(**asdict(g)) for g in state.history)
-        moved = sum(level != 0 for level in state.parent)
+        moved = sum(level != 0 for level in self._each(state.parent))
         tokens = self.text.windows * self.text.length
         record = SearchRecord("KL to dense, nats a token", *ends, tokens, moved, generations)
         origin = "the score's choice of layers" if self.stage.step.space == "layer" else "uniform"
         better = (
-            f"{moved} of {len(state.parent)} sites differ from {origin}"
+            f"{moved} of {self.count} sites differ from {origin}"
             if moved
             else f"nothing better than {origin} was found"
         )
@@ -232,11 +244,20 @@ class _Search:
         assert self.board is not None and self.answers is not None
         out = []
         for candidate in candidates:
-            self.board.set(candidate)
+            self.board.set(self._each(candidate))
             out.append(self.answers.divergence(self.board.model, self.windows, pieces, self.stage.at.dtype))
             self.read += sum(n for _, n in pieces)
             self.stage.at.tick(f"step {self.stage.number + 1}, search", min(self.read, self.total), self.total)
         return out
+
+
+def by_layer(sites: Sequence[Site]) -> list[list[int]]:
+    """The sites of every layer that can move, by their numbers."""
+    found: dict[int, list[int]] = {}
+    for at, site in enumerate(sites):
+        if len(site.ladder.levels) > 1:
+            found.setdefault(site.info.block, []).append(at)
+    return list(found.values())
 
 
 def layer_ladders(keep: Sequence[bool], ends: tuple[int, int]) -> list[Ladder]:

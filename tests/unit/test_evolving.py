@@ -82,6 +82,30 @@ def test_the_best_of_all_allocations_is_found(seed: int, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.safetensors"))  # levels are let go when they are no longer needed
 
 
+def test_layers_whose_sites_move_together(tmp_path: Path) -> None:
+    """Every allocation in which a layer's sites are at one level; the best of these is found."""
+    model = make("llama", num_hidden_layers=4)
+    budget = "evopress:generations=10,offspring=6,survivors=1,tokens=50,levels=1,step=0.2,each=layer"
+    step = Step("weight", score="magnitude", sparsity=0.5, budget=budget, protect="last:1")
+    stage = stage_of(model, step)
+    sites = sites_of(stage, 1, 0.2)
+    found = searched(stage, tmp_path)
+    losses = {}
+    for levels in itertools.product((-1, 0, 1), repeat=3):
+        if sum(levels):
+            continue
+        other = copy.deepcopy(model)
+        counts = {s.info.name: s.units + levels[s.info.block] * s.ladder.step for s in sites if s.info.block < 3}
+        for name, count in counts.items():
+            weight = other.get_parameter(name)
+            weight.data = smallest_gone(weight.data, count)
+        losses[divergence(model, other)] = counts
+    assert len(losses) == 7
+    last = {s.info.name: s.info.units for s in sites if s.info.block == 3}
+    assert found.counts == losses[min(losses)] | last
+    assert found.record.after == pytest.approx(min(losses), rel=1e-4)
+
+
 def test_the_best_pair_of_layers_is_found(tmp_path: Path) -> None:
     model = make("llama", num_hidden_layers=6)
     budget = "evopress:generations=8,offspring=4,survivors=1,tokens=50"
@@ -271,6 +295,7 @@ def test_what_cannot_be_searched_is_refused_before_any_work(ground: Path, capsys
         ((*step, "--sparsity", 0.5, "--budget", "evopress:survivors=4/1,tokens=100"), "out of range"),
         ((*step, "--sparsity", 0.5, "--budget", "evopress:step=2.0"), "out of range"),
         ((*step, "--sparsity", 0.5, "--budget", "evopress:offspring=1"), "out of range"),
+        ((*step, "--sparsity", 0.5, "--budget", "evopress:each=matrix"), "site"),
         ((*step, "--sparsity", 0.5, "--budget", "evopress:generation=1"), "generations"),
     ):
         assert cli("prune", ground / "model", "-o", ground / "no", *words) == 2

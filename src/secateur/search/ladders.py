@@ -85,3 +85,13 @@ def ladders(sites: Sequence[Rungs], levels: int, share: float) -> list[Ladder]:
 def closed(ladder: Ladder) -> Ladder:
     """The ladder of a site that stays as it is."""
     return replace(ladder, low=0, high=0)
+
+
+def together(steps: Sequence[Ladder], groups: Sequence[Sequence[int]]) -> list[Ladder]:
+    """One ladder for each group of sites that go up and down as one; groups exchange where a step costs the same."""
+    out = []
+    for members in groups:
+        own = [steps[at] for at in members]
+        step = sum(ladder.step for ladder in own)
+        out.append(Ladder(step, max(m.low for m in own), min(m.high for m in own), pool=step))
+    return out

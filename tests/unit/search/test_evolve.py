@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from secateur.search.evolve import Levels, Piece, Schedule, State, Text, evolve, exchanged, offspring
-from secateur.search.ladders import Ladder, Rungs, closed, ladders
+from secateur.search.ladders import Ladder, Rungs, closed, ladders, together
 from secateur.search.likely import Likely
 
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -67,6 +67,13 @@ def test_mutants_cost_exactly_the_same(shapes: list[tuple[int, int]], rows: bool
             crossed += len(moved) > 1
         parent = children[0]
     assert crossed  # sites of different size exchange, too
+
+
+def test_sites_that_move_together_cost_what_they_cost_together() -> None:
+    steps = [Ladder(4, -2, 3), Ladder(6, -3, 1), Ladder(4, -1, 1), Ladder(6, -3, 3), Ladder(5, -1, 1)]
+    made = together(steps, [[0, 1], [2, 3], [4]])
+    assert [(m.step, m.low, m.high) for m in made] == [(10, -2, 1), (10, -1, 1), (5, -1, 1)]
+    assert {exchanged((0, 0, 0), made, Random(s)) for s in range(9)} == {(1, -1, 0), (-1, 1, 0)}
 
 
 def test_sites_that_are_closed_or_alone_do_not_move() -> None:

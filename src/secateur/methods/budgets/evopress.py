@@ -17,7 +17,8 @@ block.
 Deviations: sites of different size exchange, too, where whole groups of their units cost the same (several small ones
 against a large one), and the total of parameters is exactly uniform's in every candidate; KL is that of the 512
 likeliest tokens and of all others together (never more than the whole); the winner replaces uniform only if it is
-better on all of the text; layers begin as the step's score ranks them, not at random.
+better on all of the text; layers begin as the step's score ranks them, not at random; with ``each=layer`` a layer's
+sites move together, which leaves far less to search.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount, Budget, SiteInfo
 from secateur.methods.budgets.settle import uniform_count
 
@@ -41,6 +42,7 @@ class EvoPress(Budget):
         survivors, tokens: per stage of selection, divided by slashes (``4/1``, ``1024/4096``); the last leaves one.
         levels: steps above and below uniform.
         step: one level, as a share of the site (rounded to what sites can exchange).
+        each: what has a level of its own: ``site``, or ``layer``, whose sites then go up and down together.
     """
 
     searches = True
@@ -50,8 +52,11 @@ class EvoPress(Budget):
     tokens: int | str = "1024/4096"
     levels: int = 3
     step: float = 0.05
+    each: Literal["site", "layer"] = "site"
 
     def __post_init__(self) -> None:
+        if self.each not in ("site", "layer"):
+            raise unknown("holder of levels", self.each, ("site", "layer"))
         stages = list(zip(self.kept, self.read, strict=False))
         falling = all(a > b for a, b in zip([self.offspring, *self.kept], self.kept, strict=False))
         fine = (
