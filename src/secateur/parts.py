@@ -95,13 +95,13 @@ def parts_of(step: Step) -> Parts:
         choice = step.choice("method")
         assert choice is not None
         method = make(choice, METHODS, Method, "method", {"grain": grain})
-        return _fits(Parts(method, None, grain, budget, _ranking(budget, None), repair, step.fit_on), step)
+        return _fits(Parts(method, None, grain, budget, _ranking(budget, None, grain), repair, step.fit_on), step)
     choice = step.choice("score")
     assert choice is not None
-    score = make(choice, SCORES, (Score, UnitScore), "score")
+    score = make(choice, SCORES, (Score, UnitScore), "score", {"grain": grain})
     check_legal(score, step.space)
     return _fits(
-        Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score), repair, step.fit_on), step
+        Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score, grain), repair, step.fit_on), step
     )
 
 
@@ -160,9 +160,11 @@ def repair_of(step: Step) -> Repair | None:
     return repair
 
 
-def _ranking(budget: Budget, score: Score | UnitScore | None) -> Score | UnitScore:
+def _ranking(budget: Budget, score: Score | UnitScore | None, grain: Grain) -> Score | UnitScore:
     if budget.ranking is not None:
-        return budget.ranking()
+        name = budget.ranking.__name__
+        ranking: Score = make(Choice(name), {name: budget.ranking}, Score, "score", {"grain": grain})
+        return ranking
     return score if score is not None else SCORES["wanda"]()
 
 

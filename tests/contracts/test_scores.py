@@ -9,6 +9,7 @@ import torch
 from synthetic_sites import LAYERS, Layer, llama
 from torch import Tensor
 
+from secateur.engine.probes import Evidence
 from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite, Score, UnitScore
 from secateur.methods.composed import Composed
@@ -171,7 +172,7 @@ def test_scores_are_refused_where_they_mean_nothing(name: str) -> None:
 def test_legal_spaces_are_as_promised() -> None:
     units = set(UNIT_SPACES)
     want = dict.fromkeys(SCORES, {"weight"} | units)
-    want["contribution"] = {"weight", "ffn", "kv_group", "head"}
+    want |= {"contribution": {"weight", "ffn", "kv_group", "head"}, "taylor_block": {"weight"}}
     want |= {"taylor_vector": units, "activation_norm": units, "block_influence": {"layer"}, "router_mass": {"expert"}}
     assert {name: set(legal_spaces(score)) for name, score in SCORES.items()} == want
 
@@ -181,6 +182,10 @@ def test_missing_evidence_is_named(name: str) -> None:
     score = SCORES[name]()
     space = legal_spaces(score)[-1]
     layer = LAYERS["mixtral" if space == "expert" else "llama"]()
+    if isinstance(score, Score) and space == "weight":
+        with pytest.raises(SecateurError, match=r"no \w+ evidence was gathered"):
+            score.score(layer.matrix_sites("q.weight")[0], Evidence("q.weight", {}))
+        return
     site = layer.unit_site(space)
     site.evidence = {n: type(e)(n, {}) for n, e in site.evidence.items()}
     site.block_evidence = type(site.block_evidence)("block", {})

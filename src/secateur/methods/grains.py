@@ -248,6 +248,11 @@ class Tile(Grain):
         tiles = scores.reshape(out // self.rows, self.rows, inn // self.columns, self.columns)
         return tiles.double().sum((1, 3))
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Scores of tiles as scores of weights, fp32: every weight gets an equal part."""
+        parts = (values / (self.rows * self.columns)).float()
+        return parts.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+
     def select(self, scores: Tensor, count: int) -> Tensor:
         self._start(scores, count)
         tiles = self.unit_scores(scores)

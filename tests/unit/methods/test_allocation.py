@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+from itertools import product
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.methods.base import Amount, SiteInfo
 from secateur.methods.budgets.atp import Atp
 from secateur.methods.budgets.protected import Protected
+from secateur.methods.budgets.rate_distortion import Curve, RateDistortion
 from secateur.methods.budgets.settle import afford
 from secateur.methods.budgets.uniform import Uniform
+from secateur.methods.scores.output_error import OutputError
 
 
 def share(text: str) -> Amount:
@@ -95,3 +101,104 @@ def test_units_of_different_price_stay_within_what_uniform_pays(keep: str) -> No
         afford(
             [SiteInfo(f"e{i}", "e", "ffn", i, 2, 8, cost=1.0 + i, minimum=4) for i in range(2)], [0, 0], share("0.1")
         )
+
+
+def seen(budget: RateDistortion, infos: Sequence[SiteInfo], values: Sequence[Tensor]) -> dict[str, Curve]:
+    return {s.name: budget.observe(s, v) for s, v in zip(infos, values, strict=True)}
+
+
+def loss(values: Sequence[Tensor], counts: Sequence[int]) -> float:
+    """What goes, added up the long way."""
+    return sum(sum(sorted(v.tolist())[: len(v) - n]) for v, n in zip(values, counts, strict=True))
+
+
+def test_two_quadratic_curves() -> None:
+    """Errors of units that rise linearly: D(k) = a / 2 (1 - k)^2. Equal slopes: a1 (1 - k1) / n1 = a2 (1 - k2) / n2."""
+    infos, budget = layers([10_000, 10_000]), RateDistortion(by="score")
+    values = [a * torch.arange(1, 10_001).double() / 1e8 for a in (1.0, 3.0)]
+    got = budget.allot(infos, share("0.4"), seen(budget, infos, values))
+    assert list(got.values()) == pytest.approx([1000, 7000], abs=3)  # 1 - k1 = 0.9, 1 - k2 = 0.3
+    relative = RateDistortion()  # the factors no longer count, the sizes do: (1 - k1) / n1 = (1 - k2) / n2
+    infos = layers([10_000, 30_000])
+    values = [a * torch.arange(1, n + 1).double() for a, n in ((7.0, 10_000), (0.1, 30_000))]
+    got = relative.allot(infos, share("0.6"), seen(relative, infos, values))
+    gone = 16_000 / (10_000 + 90_000)  # (1 - k1) = 10,000 x, (1 - k2) = 30,000 x, what goes in all is 16,000
+    assert list(got.values()) == pytest.approx([10_000 - 10_000 * gone, 30_000 - 90_000 * gone], abs=30)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("by", ["score", "output"])
+def test_no_other_allocation_of_tiny_sites_is_better(seed: int, by: Literal["score", "output"]) -> None:
+    g = torch.Generator().manual_seed(seed)
+    units = [5, 7, 4]
+    values = [torch.rand(n, generator=g) ** 2 * (i + 1) for i, n in enumerate(units)]
+    if seed % 3 == 0:
+        values = [(4 * v).round() for v in values]  # ties within and between sites
+    infos, budget = layers(units), RateDistortion(by=by)
+    total = [float(v.sum()) if by == "output" else 1.0 for v in values]
+    scaled = [v.double() / t for v, t in zip(values, total, strict=True)]
+    for kept in range(17):
+        keep = Amount(share=Decimal(kept) / 16)
+        got = list(budget.allot(infos, keep, seen(budget, infos, values)).values())
+        every = [c for c in product(*(range(n + 1) for n in units)) if sum(c) == kept]
+        assert sum(got) == kept
+        assert loss(scaled, got) == pytest.approx(min(loss(scaled, c) for c in every), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_units_of_different_price_lose_at_most_one_unit_more_than_the_best(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    infos, budget = layers([6, 5, 4], costs=[1.0, 2.5, 4.0]), RateDistortion(by="score")
+    values = [torch.rand(s.units, generator=g) * s.cost for s in infos]
+    largest = max(float(v.max()) for v in values)
+    for tenth in range(11):
+        keep = Amount(share=Decimal(tenth) / 10)
+        got = list(budget.allot(infos, keep, seen(budget, infos, values)).values())
+        paid = sum(n * s.cost for n, s in zip(got, infos, strict=True))
+        limit = 34.5 * tenth / 10
+        assert paid <= limit + 1e-9
+        every = product(*(range(s.units + 1) for s in infos))
+        affordable = [c for c in every if sum(n * s.cost for n, s in zip(c, infos, strict=True)) <= limit + 1e-9]
+        assert loss(values, got) <= min(loss(values, c) for c in affordable) + largest
+
+
+def test_rows_keep_equal_numbers_and_the_curve_is_theirs() -> None:
+    values = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    curve = Curve.of(values.reshape(-1), groups=6)
+    for kept in range(9):
+        want = sum(sum(sorted(row)[: 8 - kept]) for row in values.tolist())
+        assert curve.error[kept] == pytest.approx(want, rel=1e-6)
+    infos = [SiteInfo(f"l.{i}", "w", "ffn", i, 2, 48, groups=6, minimum=7 * (1 - i)) for i in range(2)]
+    budget = RateDistortion(by="score")
+    got = budget.allot(infos, share("0.5"), seen(budget, infos, [values.reshape(-1), 1e3 * values.reshape(-1)]))
+    assert got == {"l.0": 12, "l.1": 36}  # the minimum of 7 is 2 a row; 6 of 8 are left for the other
+
+
+def test_a_large_site_is_summed_up_in_a_few_points() -> None:
+    values = torch.rand(300_000, generator=torch.Generator().manual_seed(0)) ** 3
+    curve = Curve.of(values)
+    assert len(curve.kept) == 1025 and curve.error[0] == pytest.approx(float(values.double().sum()))
+    order = values.double().sort().values
+    for kept in (0, 1, 1000, 150_000, 299_999, 300_000):
+        exact = float(order[: 300_000 - kept].sum())
+        assert np.interp(kept, curve.kept, curve.error) == pytest.approx(exact, abs=1e-3 * curve.error[0])
+
+
+def test_the_hull_is_what_some_slope_chooses() -> None:
+    g = np.random.default_rng(0)
+    error = np.sort(g.random(40))[::-1].copy()
+    curve = Curve(np.arange(40), error)
+    slopes = np.linspace(0, 2, 20_001)
+    chosen = {int(np.argmin(error + s * curve.kept)) for s in slopes}
+    hull = curve.hull()
+    assert chosen - {39} <= set(hull.kept.tolist()) and len(hull.kept) < 20
+    assert np.all(np.diff(np.diff(hull.error) / np.diff(hull.kept)) > 0)
+    assert np.all(np.interp(curve.kept, hull.kept, hull.error) <= error + 1e-12)
+
+
+def test_distortions_have_names() -> None:
+    assert RateDistortion().ranking is OutputError and RateDistortion(by="score").ranking is None
+    with pytest.raises(SecateurError, match="did you mean 'output'"):
+        RateDistortion(by="ouput")  # type: ignore[arg-type]
+    with pytest.raises(SecateurError, match="not finite"):
+        Curve.of(torch.tensor([1.0, torch.nan]))

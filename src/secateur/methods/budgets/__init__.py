@@ -12,6 +12,7 @@ from secateur.methods.budgets.component_map import ComponentMap
 from secateur.methods.budgets.evopress import EvoPress
 from secateur.methods.budgets.owl import Owl
 from secateur.methods.budgets.pooled import Pooled
+from secateur.methods.budgets.rate_distortion import RateDistortion
 from secateur.methods.budgets.uniform import Uniform
 
 BUDGETS: Mapping[str, type[Budget]] = MappingProxyType(
@@ -20,6 +21,7 @@ BUDGETS: Mapping[str, type[Budget]] = MappingProxyType(
         "pooled": Pooled,
         "owl": Owl,
         "atp": Atp,
+        "rate_distortion": RateDistortion,
         "class_blind": ClassBlind,
         "class_uniform": ClassUniform,
         "class_distribution": ClassDistribution,

@@ -10,10 +10,12 @@ from secateur.methods.scores.activation_norm import ActivationNorm
 from secateur.methods.scores.contribution import Contribution
 from secateur.methods.scores.cosine import BlockInfluence
 from secateur.methods.scores.magnitude import Magnitude
+from secateur.methods.scores.output_error import OutputError
 from secateur.methods.scores.random import Random
 from secateur.methods.scores.ria import Ria
 from secateur.methods.scores.router_mass import RouterMass
 from secateur.methods.scores.taylor import Taylor, TaylorVector
+from secateur.methods.scores.taylor_block import TaylorBlock
 from secateur.methods.scores.wanda import Wanda
 
 SCORES: Mapping[str, type[Score] | type[UnitScore]] = MappingProxyType(
@@ -25,6 +27,8 @@ SCORES: Mapping[str, type[Score] | type[UnitScore]] = MappingProxyType(
         "contribution": Contribution,
         "taylor": Taylor,
         "taylor_vector": TaylorVector,
+        "taylor_block": TaylorBlock,
+        "output_error": OutputError,
         "activation_norm": ActivationNorm,
         "block_influence": BlockInfluence,
         "router_mass": RouterMass,
