@@ -60,8 +60,9 @@ class Kept(Nowhere):
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
-    def write(self, index: int, module: nn.Module, plan: Plan) -> None:
+    def write(self, index: int, module: nn.Module, plan: Plan) -> Plan:
         self.tensors |= {f"{index}.{name}": value.clone() for name, value in module.state_dict().items()}
+        return plan
 
 
 def carried_out(model: nn.Module, words: dict[str, Any], **at: Any) -> tuple[Plan, dict[str, Tensor], Stage]:
