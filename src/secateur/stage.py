@@ -44,13 +44,11 @@ class Sink(Protocol):
 
     def finished(self, index: int) -> bool:
         """Whether this block was finished by an earlier run (then `restore` gives its weights and plan)."""
-        ...
 
     def restore(self, model: nn.Module, index: int) -> Plan: ...
 
     def write(self, index: int, module: nn.Module, plan: Plan) -> Plan:
         """Take a finished block, and give its part of the plan back: in memory, or as a file that holds it."""
-        ...
 
 
 class Nowhere:
