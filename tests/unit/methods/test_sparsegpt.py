@@ -136,6 +136,12 @@ def test_an_expert_that_no_token_reached_keeps_its_largest_weights() -> None:
     got = SparseGPT(Matrix()).prune(site(w), heard(torch.zeros(0, 12)), 36)
     assert torch.equal(got.mask, Matrix().select(w.abs(), 36))
     assert torch.equal(got.weight, w * got.mask)
+    got = SparseGPT(Columns(5)).prune(site(w), heard(torch.zeros(0, 12)), 35)  # every block its share: 14.6, 14.6, 5.8
+    for at, count in ((0, 15), (5, 14), (10, 6)):
+        part = w[:, at : at + 5].abs()
+        least = part.flatten().sort(descending=True).values[count - 1]
+        assert torch.equal(got.mask[:, at : at + 5], part >= least)
+    torch.testing.assert_close(got.weight, w * got.mask, rtol=1e-6, atol=0)
 
 
 def test_matrices_of_one_input_are_pruned_together_as_one_by_one() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Layer:
     """Matrices that read the same input.
 
     Attributes:
-        weights: per matrix, fp32 [out, in]; columns of inputs that never fire are 0.
+        weights: per matrix, fp32 [out, in], not to be changed; columns of inputs that never fire are 0.
         gram: X^T X, fp32 [in, in].
         counts: grain units that stay, per matrix.
         evidence: per matrix, as it was given.
@@ -62,7 +63,7 @@ class Layer:
             weight = site.weight.float()
             if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
                 raise SecateurError(f"{site.name}: weights are not finite", works="a checkpoint without NaN and Inf")
-            weights.append(weight.masked_fill(dead, 0))
+            weights.append(weight.masked_fill(dead, 0) if bool(dead.any()) else weight)
             own.append(MatrixSite(site.name, weights[-1], site.component, site.block, site.blocks, site.generator))
         return Layer(weights, gram, list(counts), list(evidence), own, silent)
 
@@ -84,6 +85,7 @@ class LayerMethod(Method):
     """A method that decides about each matrix from its layer's X^T X; matrices of one input come together."""
 
     needs = (Gram,)
+    blind: ClassVar[bool] = False  # whether `solve` knows what to do where no token was seen
     grain: Grain
     damping: float
 
@@ -111,7 +113,7 @@ class LayerMethod(Method):
         for members in shared.values():
             group = [[part[at] for at in members] for part in (sites, evidence, counts)]
             layer = Layer.of(*group)  # type: ignore[arg-type]
-            solved = self._largest(layer) if layer.silent else self.solve(layer)
+            solved = self._largest(layer) if layer.silent and not self.blind else self.solve(layer)
             for at, (mask, weight) in zip(members, solved, strict=True):
                 answers[at] = Keep(mask, None if weight is None else weight.masked_fill_(~mask, 0))
         return [answers[at] for at in range(len(sites))]

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from secateur.engine.probes import Evidence, Gram
+from secateur.engine.probes import Evidence
 from secateur.errors import SecateurError
-from secateur.methods.base import Keep, MatrixSite, Method
+from secateur.methods.base import MatrixSite
 from secateur.methods.grains import Columns, Grain, Matrix, NofM
+from secateur.methods.joint.layer import Layer, LayerMethod, check_damping
 from secateur.methods.top import top_rows
 
 LEAF = 32  # columns updated one by one; wider runs use matrix products
@@ -34,7 +35,7 @@ Choose = Callable[[int, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class SparseGPT(Method):
+class SparseGPT(LayerMethod):
     """Second-order pruning with weight update; grains ``columns:B``, ``matrix`` and ``n:m``.
 
     Attributes:
@@ -42,7 +43,7 @@ class SparseGPT(Method):
         damping: added to the diagonal of X^T X, as a share of its mean.
     """
 
-    needs = (Gram,)
+    blind = True
     grain: Grain = field(default_factory=Columns)
     damping: float = 0.01
 
@@ -53,48 +54,29 @@ class SparseGPT(Method):
                 received=f"grain {self.grain}",
                 works="columns:128 (any width), matrix or n:m",
             )
-        if not 0 <= self.damping < 1e6:
-            raise SecateurError("damping must not be negative", received=self.damping, works="damping: 0.01")
+        check_damping(self.damping)
 
-    def prune(self, site: MatrixSite, evidence: Evidence, count: int) -> Keep:
-        return self.prune_many([site], [evidence], [count])[0]
-
-    def prune_many(
-        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], counts: Sequence[int]
-    ) -> list[Keep]:
-        """Matrices whose evidence is the same Gram matrix are factorised once and swept together."""
-        answers: dict[int, Keep] = {}
-        shared: dict[tuple[int, int], list[int]] = {}
-        for at, (site, seen, count) in enumerate(zip(sites, evidence, counts, strict=True)):
-            if count == site.weight.numel():
-                answers[at] = Keep(torch.ones_like(site.weight, dtype=torch.bool), site.weight)
-            else:
-                self.grain.check(tuple(site.weight.shape))
-                shared.setdefault((id(seen[Gram]), site.weight.shape[1]), []).append(at)
-        for members in shared.values():
-            group = [sites[at] for at in members]
-            kept = self._prune_group(group, evidence[members[0]][Gram].gram, [counts[at] for at in members])
-            answers.update(zip(members, kept, strict=True))
-        return [answers[at] for at in range(len(sites))]
+    def solve(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
+        rows = [len(w) for w in layer.weights]
+        weight, factor = self._prepared(layer)
+        choose, width = self._chooser(rows, len(weight), layer.counts, factor.diagonal().clone())
+        keep = sweep(weight, factor, choose, width)
+        parts = zip(keep.split(rows, dim=1), weight.split(rows, dim=1), strict=True)
+        return [(k.T.contiguous(), w.T.contiguous()) for k, w in parts]
 
     def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor:
         """The survivors' values for booleans [out, in] that were decided elsewhere."""
         if bool(mask.all()):
             return site.weight
-        weight, factor = _prepare([site], evidence[Gram].gram, self.damping)
+        weight, factor = self._prepared(Layer.of([site], [evidence], [0]))
         stays = mask.T.to(weight.device)
         sweep(weight, factor, lambda a, b, w: stays[a:b], 4 * LEAF)
         return weight.T.contiguous()
 
-    def _prune_group(self, sites: Sequence[MatrixSite], gram: Tensor, counts: Sequence[int]) -> list[Keep]:
-        rows = [site.weight.shape[0] for site in sites]
-        weight, factor = _prepare(sites, gram, self.damping)
-        choose, width = self._chooser(rows, weight.shape[0], counts, factor.diagonal().clone())
-        keep = sweep(weight, factor, choose, width)
-        return [
-            Keep(k.T.contiguous(), w.T.contiguous())
-            for k, w in zip(keep.split(rows, dim=1), weight.split(rows, dim=1), strict=True)
-        ]
+    def _prepared(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The matrices side by side, transposed [in, all rows], and U of the inputs they share."""
+        weight = torch.cat([w.T for w in layer.weights], dim=1)
+        return weight, inverse_factor(layer.gram, self.damping, ", ".join(site.name for site in layer.sites))
 
     def _chooser(
         self, rows: Sequence[int], columns: int, counts: Sequence[int], diagonal: Tensor
@@ -102,9 +84,6 @@ class SparseGPT(Method):
         """What chooses the mask of columns a to b from their weights now, and how many columns at a time."""
         grain = self.grain
         if isinstance(grain, NofM):
-            for r, count in zip(rows, counts, strict=True):
-                if count != grain.groups((r, columns)) * grain.n:
-                    raise SecateurError(f"{grain} fixes how many stay", received=count, works="leave keep out")
             return lambda a, b, w: grain.pick((w / diagonal[a:b, None]).square_().T).T, grain.m
         blocks = grain if isinstance(grain, Columns) else Columns(columns)
         places = [blocks.split((r, columns), count) for r, count in zip(rows, counts, strict=True)]
@@ -119,19 +98,6 @@ class SparseGPT(Method):
             return torch.cat(parts, dim=1)
 
         return choose, blocks.width
-
-
-def _prepare(sites: Sequence[MatrixSite], gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The matrices side by side, transposed [in, all rows], and U of the inputs they share."""
-    name = ", ".join(site.name for site in sites)
-    weight = torch.cat([site.weight.float().T for site in sites], dim=1)
-    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
-        raise SecateurError(f"{name}: weights are not finite", works="a checkpoint without NaN and Inf")
-    gram = gram.to(weight.device)
-    silent = gram.diagonal() <= 0
-    if not bool(silent.all()):  # an expert that no token reached keeps its largest weights instead of none
-        weight[silent] = 0  # inputs that never fire: their weights do nothing
-    return weight, inverse_factor(gram, damping, name)
 
 
 def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
