@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.engine.apply import cut_block, cut_layers, get_tensor
+from secateur.engine.heap import give_back
 from secateur.engine.plan import Plan
 from secateur.goals import settled
 from secateur.measure.size import size
@@ -64,8 +65,9 @@ def predict(run: _Run, first: Stage) -> Forecast:
     after = size(after_model, context=context)
     width = whole / max(before.parameters, 1)
     written = int(after.parameters * width)
-    parts = ram(run, first, run.store.skeleton(), (whole, written))
     phases = durations(run, first, (*macs, after.macs_per_token), written)
+    give_back()  # what was tried out has loaded libraries that stay, and used memory that does not
+    parts = ram(run, first, run.store.skeleton(), (whole, written))
     return Forecast(
         (before.parameters, after.parameters),
         (before.parameters, after.parameters - zeros),

@@ -12,7 +12,11 @@ from secateur.anatomy.types import Block, Matrix
 from secateur.cliff import curve_step
 from secateur.engine.probes import Gradient, Probe
 from secateur.measure.passes import LOGIT_BYTES
+from secateur.methods.mending import read_matrices
+from secateur.methods.repairs.least_squares import LeastSquares
+from secateur.methods.sites import block_matrices
 from secateur.parts import parts_of
+from secateur.predict_methods import Group, deciding_bytes, mending_bytes
 from secateur.predict_search import memory
 from secateur.stage import Stage
 from secateur.step import Step
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     from secateur.run import _Run
 
 ALLOCATOR = 1.1  # the C library keeps some of what was let go
+HEAP = 32 << 20  # bytes of the largest piece that the C library (glibc) keeps for later instead of giving it back
+WIDEST, WIDTHS = 3, 4  # activations, the widest and hidden states, that a pass through a block holds at once, and
+BEHIND = 12  # hidden states that it leaves on the heap where they fit (seen on Llama blocks 2,048 and 4,096 wide)
 
 
 def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[str, int]:
@@ -37,12 +44,15 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
     base = psutil.Process().memory_info().rss - (fp32 if held else 0)
     steady = {"libraries and tokenizer": max(base, 0), "model in memory": fp32 if held else 0}
     outside = 0 if held else fp32 - sum(blocks)
-    phases = [_walk(run, first, max(blocks))]
-    phases.append({"outside the blocks": outside, "activations": phases[0].get("activations", 0)})
+    phases = _walk(run, first, max(blocks))
+    activations = phases[0].get("activations", 0)
+    phases.append({"outside the blocks": outside, "activations": activations})
+    phases.append({"outside the blocks": outside, "a tensor as stored": 0 if held else _largest(run)})
     if Gradient in {*first.parts.needs, *first.parts.survey_needs}:
         grads = 4 * sum(m.numel for b in first.anatomy.blocks for m in b.matrices)
         phases.append({"model to differentiate": sum(blocks) + outside, "gradients": grads, "logits": 3 * _logits(run)})
-        phases[0]["gradients"] = grads
+        for parts in phases[:2]:
+            parts["gradients"] = grads
     turned = [curve_step(run.steps[0])] if run.recipe.curve and not run.how.only_plan else []
     for step in [*turned, *(step for step in run.steps if step.worse is not None)]:
         phases.append(_turned(run, first, step, sum(blocks), outside))
@@ -56,18 +66,25 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
     return steady | {name: round(size * ALLOCATOR) for name, size in largest.items()}
 
 
-def inputs(block: Block) -> Iterator[tuple[Matrix, bool]]:
-    """A block's matrices, and whether each is the first that reads its input (later ones share its statistic).
+def groups(block: Block) -> list[list[Matrix]]:
+    """A block's matrices by the input they read, whose statistic they share.
 
     Matrices that read the same units (``o_proj`` those of attention, ``down_proj`` the neurons) or the residual
-    stream in the same component share their input.
+    stream in the same component share their input; an expert's matrices do not.
     """
     reads = {p.tensor: space for space, s in block.spaces.items() for p in s.ports if p.role == "read"}
-    seen: set[tuple[str, str, int]] = set()
+    found: dict[tuple[str, str, int, str], list[Matrix]] = {}
     for m in block.matrices:
-        key = (m.component, reads.get(m.tensor, ""), m.shape[1])
-        yield m, key not in seen or bool(m.experts)
-        seen.add(key)
+        key = (m.component, reads.get(m.tensor, ""), m.shape[1], m.tensor if m.experts else "")
+        found.setdefault(key, []).append(m)
+    return list(found.values())
+
+
+def inputs(block: Block) -> Iterator[tuple[Matrix, bool]]:
+    """A block's matrices, and whether each is the first that reads its input."""
+    for together in groups(block):
+        for at, m in enumerate(together):
+            yield m, at == 0
 
 
 def statistics(needs: set[type[Probe]], block: Block, length: int) -> int:
@@ -80,26 +97,56 @@ def statistics(needs: set[type[Probe]], block: Block, length: int) -> int:
     return total
 
 
-def _walk(run: _Run, first: Stage, block: int) -> dict[str, int]:
-    """A step's walk: one block, activations, statistics, what deciding takes, and what was decided, a bit each."""
-    text, anatomy = run.recipe.text, first.anatomy
+def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
+    """A step's walk at a block: while text passes through it, and while what stays of it is decided. Of finished blocks
+    nothing is left."""
+    text, anatomy, step = run.recipe.text, first.anatomy, first.step
     needs = {*first.parts.needs, *first.parts.survey_needs} - {Gradient}
-    parts = {"one block": block}
+    parts, batch, fit = {"one block": block}, 0, 0
     shapes = [m.shape for b in anatomy.blocks for m in b.matrices]
     if needs or first.parts.streams:
         hidden, widest = _hidden(run), max(max(shape) for shape in shapes)
         kept = -(-text.samples // run.world.size) * text.length * hidden * 4
         parts["activations"] = 0 if run._spill else kept * first.parts.held
-        parts["one batch"] = run.recipe.batch_size * text.length * (4 * widest + 6 * hidden) * 4
+        tokens = run.recipe.batch_size * text.length
+        widths = WIDTHS + (BEHIND if 4 * tokens * hidden <= HEAP else 0)
+        batch = 4 * tokens * (WIDEST * widest + widths * hidden)
         parts["statistics"] = max(statistics(needs, b, text.length) for b in anatomy.blocks)
         if first.parts.fit_on == "mix":  # what the dense stream has at every matrix
-            parts["one batch"] += run.recipe.batch_size * text.length * (widest + 3 * hidden) * 4
+            batch += 4 * tokens * (widest + 3 * hidden)
         if first.parts.streams:  # the dense block; gradients, Adam's two moments, the values before; a way back
-            parts["fit of a sub-layer"] = 5 * block + parts["one batch"]
-    if first.step.space == "weight":
-        parts["plan"] = sum(m.numel for b in anatomy.blocks for m in b.matrices) // 8
-    parts["scores and masks"] = 4 * 4 * max(rows * columns for rows, columns in shapes)
-    return parts
+            fit = 5 * block + batch
+    chosen = [pruned(b, step) for b in anatomy.blocks]
+    if step.space == "weight":
+        scores = max(deciding_bytes(first.parts, matrices, share_of(step)) for matrices in chosen)
+    else:
+        scores = 4 * 4 * max(rows * columns for rows, columns in shapes)
+        if isinstance(first.parts.repair, LeastSquares):
+            mended = [mending_bytes(max(g.rows), g.columns, share_of(step)) for own in chosen for g in own]
+            scores = max([scores, *mended])
+    return [parts | {"one batch": batch}, parts | {"scores and masks": scores, "fit of a sub-layer": fit}]
+
+
+def share_of(step: Step) -> float:
+    """The share of weights or units that stays, where the step says one; else a half."""
+    return float(step.amount.share) if step.amount is not None and step.amount.share is not None else 0.5
+
+
+def pruned(block: Block, step: Step) -> list[Group]:
+    """A block's matrices that are pruned, or that read the units that are, those together that read the same input."""
+    if step.space == "weight":
+        wanted = set(block_matrices(block, step.include, step.exclude))
+    else:
+        wanted = set(read_matrices(block, block.spaces[step.space])) if step.space in block.spaces else set()
+    found = [[m for m in together if m in wanted] for together in groups(block)]
+    return [Group(tuple(m.shape[0] for m in own), own[0].shape[1], max(own[0].experts, 1)) for own in found if own]
+
+
+def _largest(run: _Run) -> int:
+    """Bytes, as stored, of the largest tensor outside the blocks: it is read before it becomes fp32."""
+    memory = run.store.skeleton().state_dict()
+    names = run.store.names(None)
+    return max((memory[name].numel() * run.store.dtype_of(name).itemsize for name in names), default=0)
 
 
 def _turned(run: _Run, first: Stage, step: Step, blocks: int, outside: int) -> dict[str, int]:

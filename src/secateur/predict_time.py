@@ -23,12 +23,12 @@ from secateur.engine.walk import products_in
 from secateur.measure.size import TOP_K
 from secateur.methods.base import Amount
 from secateur.methods.budgets.evopress import EvoPress
-from secateur.methods.least_squares import STEPS, WIDE
 from secateur.methods.repairs.least_squares import LeastSquares
 from secateur.methods.repairs.local_reconstruction import LocalReconstruction
 from secateur.methods.sites import block_matrices
 from secateur.parts import Parts, parts_of
-from secateur.predict_memory import head_macs, inputs, vocabulary
+from secateur.predict_memory import head_macs, inputs, pruned, share_of, vocabulary
+from secateur.predict_methods import Work, aim_work, method_work, repair_work
 from secateur.predict_search import passes, searching
 from secateur.stage import Stage
 from secateur.step import Step
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 OVERHEAD = 1.35  # a forward pass takes this much longer than its matrix products alone
 GRADIENT = 4  # passes: forward, forward again block by block, and a backward of twice the work
 FACTOR = 4  # a triangular factorisation runs this much slower than a product of as many multiply-accumulates
-COLUMN = 60e-6  # seconds a sweep spends on one column beside its products
+PASS = 0.1  # going over weights once, elementwise, is so much of scoring and comparing them
+COLUMN = 40e-6  # seconds a sweep spends on one column beside its products
 CALL = 0.4e-3  # seconds a block takes however little it computes
 LOSS = 2  # softmaxes' worth of work on each logit: its loss, and its distance from the dense one
 DISK = 300e6  # bytes per second, written and synced
@@ -169,22 +170,19 @@ def _step(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed) -
 def _mend(run: _Run, first: Stage, parts: Parts, own: int, at: Speed) -> float:
     """What a repair takes beside its statistics, and the dense stream of a mix."""
     tokens = run.recipe.text.samples * run.recipe.text.length / run.world.size
-    passes, work = float(parts.fit_on == "mix"), 0.0
+    passes = float(parts.fit_on == "mix")
     if isinstance(parts.repair, LocalReconstruction):  # notes inputs and targets, looks twice at the error, descends
         passes += 4 + 3 * parts.repair.passes + (0 if parts.needs else 1)
-    if isinstance(parts.repair, LeastSquares):
-        share = float(first.step.amount.share) if first.step.amount and first.step.amount.share else 0.5
-        for block in first.anatomy.blocks:
-            for m, new in inputs(block):
-                rows, columns = m.shape
-                kept = share * columns
-                if first.step.space != "weight":  # the same columns stay in every row
-                    work += max(m.experts, 1) * new * FACTOR * kept**3 / 3
-                elif kept <= WIDE:
-                    work += max(m.experts, 1) * rows * FACTOR * kept**3 / 3
-                else:
-                    work += max(m.experts, 1) * rows * STEPS * columns**2
-    return (tokens * passes * own * OVERHEAD + work) * at.product
+    work, step = Work(), first.step
+    for block in first.anatomy.blocks if step.space != "layer" else ():
+        for g in pruned(block, step):
+            for rows in g.rows:
+                work += repair_work(parts.repair, rows, g.columns, share_of(step), step.space != "weight").times(
+                    g.count
+                )
+            if parts.fit_on == "mix" and (parts.joint or isinstance(parts.repair, LeastSquares)):
+                work += aim_work(sum(g.rows), g.columns).times(g.count)
+    return tokens * passes * own * OVERHEAD * at.product + seconds(work, at)
 
 
 def _gather(
@@ -227,17 +225,24 @@ def _products(run: _Run, first: Stage, probe: type[Probe]) -> float:
 
 
 def _decide(first: Stage, step: Step, at: Speed) -> float:
-    """Scoring and comparing every weight once; a joint method's factorisations and sweeps."""
-    parts, seconds = parts_of(step), 0.0
+    """Scoring and comparing every weight once; what a joint method solves for."""
+    parts, spent = parts_of(step), 0.0
     for block in first.anatomy.blocks:
-        for m, new in inputs(block):
-            seconds += m.numel * at.score
-            if step.method is not None and Gram in parts.needs:
-                rows, columns = m.shape
-                factor = columns**3 * FACTOR * 2 / 3 if new else 0.0
-                seconds += max(m.experts, 1) * (factor + rows * columns**2 / 2) * at.product
-                seconds += max(m.experts, 1) * columns * COLUMN * new
-    return seconds
+        weights = sum(m.numel for m in block.matrices)
+        if step.space == "weight":
+            chosen = pruned(block, step)
+            weights = sum(g.weights * g.count for g in chosen)
+            for g in chosen if parts.joint else ():
+                work = method_work(parts.method, sum(g.rows), g.columns, share_of(step))
+                spent += seconds(work.times(g.count), at)
+        spent += weights * at.score
+    return spent
+
+
+def seconds(work: Work, at: Speed) -> float:
+    """What a method's or a repair's work takes."""
+    passed = work.chosen + work.passed * PASS
+    return (work.products + FACTOR * work.factors) * at.product + passed * at.score + work.columns * COLUMN
 
 
 def _perplexity(run: _Run, macs: int, at: Speed) -> float:

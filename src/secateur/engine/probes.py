@@ -179,8 +179,8 @@ class Gram(Probe):
     @property
     def gram(self) -> Tensor:
         """Sum over tokens of x x^T, fp32 [in, in], symmetric."""
-        upper = self.sums["gram"].triu()
-        return (upper + upper.triu(1).T).float()
+        gram = self.sums["gram"].float().triu_()
+        return gram.add_(gram.triu(1).T)
 
     @classmethod
     def bytes(cls, rows: int, columns: int, length: int) -> int:

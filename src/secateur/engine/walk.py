@@ -199,6 +199,7 @@ def walk(
             last = i + 1 == len(anatomy.blocks)
             if feed is not None:
                 feed.gather(visit, last, how.skip(i))
+                give_back()  # deciding needs room of its own
             yield visit
             if feed is not None and not last:
                 feed.advance(module, i)
