@@ -327,7 +327,7 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("how much stays (one of these, or an n:m grain)")
     g.add_argument("--keep", metavar="F", help="0.75 or 75%% is a share, a bare integer a count per site")
     g.add_argument("--sparsity", metavar="F", help="keep = 1 - F")
-    g.add_argument("--target", metavar="T", help="params=100M, params=-20%% or bytes=90MB")
+    g.add_argument("--target", metavar="T", help="params=100M, params=-20%%, bytes=90MB or macs=-20%%")
     g.add_argument("--at-most-worse", metavar="F", help="5%%: the most that perplexity may rise; keep is searched")
     g.add_argument(
         "--map", metavar="FILE", help="YAML list of {match: attention | ffn | layers:0-9 | PATTERN, keep: F}"

@@ -81,15 +81,16 @@ def amount_word(amount: Amount) -> int | float | str:
 
 @dataclass(frozen=True)
 class Target:
-    """A keep said in what the user pays for: the whole model's parameters or bytes, absolute or as a change.
+    """A keep said in what the user pays for: the whole model's parameters, bytes or multiply-accumulates per token,
+    absolute or as a change.
 
     Attributes:
-        of: ``params`` or ``bytes``.
+        of: ``params``, ``bytes`` or ``macs``.
         at_most: the largest allowed number, or None when ``change`` is given.
         change: relative to the model as given; -0.2 is a fifth less.
     """
 
-    of: Literal["params", "bytes"]
+    of: Literal["params", "bytes", "macs"]
     at_most: int | None = None
     change: Decimal | None = None
 
@@ -99,10 +100,10 @@ class Target:
 
 
 def read_target(value: object) -> Target:
-    """``params=100M``, ``params=-20%``, ``bytes=90MB``."""
-    works = "params=100M, params=-20% or bytes=90MB work"
+    """``params=100M``, ``params=-20%``, ``bytes=90MB``, ``macs=-30%``."""
+    works = "params=100M, params=-20%, bytes=90MB or macs=-30% work"
     match = (
-        re.fullmatch(r"(params|bytes)\s*=\s*([+-]?[0-9.]+)\s*(%|[A-Za-z]*)", value.strip())
+        re.fullmatch(r"(params|bytes|macs)\s*=\s*([+-]?[0-9.]+)\s*(%|[A-Za-z]*)", value.strip())
         if isinstance(value, str)
         else None
     )
@@ -110,12 +111,12 @@ def read_target(value: object) -> Target:
         raise SecateurError("target is not understood", received=value, works=works)
     of, digits, suffix = match.group(1), match.group(2), match.group(3).lower()
     number, _ = decimal(digits, "target")
-    kind: Literal["params", "bytes"] = "params" if of == "params" else "bytes"
+    kind: Literal["params", "bytes", "macs"] = "params" if of == "params" else "bytes" if of == "bytes" else "macs"
     if suffix == "%":
         if not -100 < number <= 0 or not digits.startswith("-"):
             raise SecateurError("target in % says how much goes, from -0% to -99%", received=value, works=works)
         return Target(kind, change=number / 100)
-    if kind == "params" and suffix in _PARAMS:
+    if kind != "bytes" and suffix in _PARAMS:
         size = number.scaleb(_PARAMS[suffix])
     elif kind == "bytes" and suffix in _BYTES:
         size = number * _BYTES[suffix]

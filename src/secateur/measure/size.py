@@ -80,8 +80,7 @@ def linear_macs(model: nn.Module) -> int:
 
     A tied head counts (it multiplies), an embedding does not (it is looked up).
     """
-    config = _text_config(model)
-    top_k = next((int(k) for name in TOP_K if isinstance(k := getattr(config, name, None), int)), None)
+    top_k = _top_k(model)
     total = 0
     pools: dict[str, list[int]] = {}  # experts held as separate modules: weights of each pool, by expert
     for name, module in model.named_modules():
@@ -94,6 +93,18 @@ def linear_macs(model: nn.Module) -> int:
         else:
             total += macs
     return total + sum(sum(m) * min(top_k or len(m), len(m)) // len(m) for m in pools.values())
+
+
+def chosen_share(model: nn.Module) -> float:
+    """The share of its experts that a token meets; 1 without experts."""
+    top_k = _top_k(model)
+    stacks = [p.shape[0] for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n]
+    return min(top_k, stacks[0]) / stacks[0] if top_k and stacks else 1.0
+
+
+def _top_k(model: nn.Module) -> int | None:
+    config = _text_config(model)
+    return next((int(k) for name in TOP_K if isinstance(k := getattr(config, name, None), int)), None)
 
 
 def _macs(module: nn.Module, top_k: int | None) -> int:
