@@ -1,0 +1,57 @@
+"""Every verb of the command line is a function of `secateur.run`, and the command line calls it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import secateur
+from secateur import cli, run
+
+WORDS: dict[str, list[str]] = {
+    "inspect": ["m"],
+    "prune": ["m", "-o", "out", "--space", "ffn", "--score", "magnitude", "--keep", "0.5"],
+    "plan": ["m", "-o", "out", "--space", "ffn", "--score", "magnitude", "--keep", "0.5"],
+    "measure": ["m"],
+    "run": ["m", "--prompt", "once"],
+    "bench": ["m"],
+    "pack": ["m", "-o", "out"],
+    "unpack": ["m", "-o", "out"],
+    "report": ["out"],
+}
+
+
+class Called(Exception):
+    """The verb was reached."""
+
+
+def verbs() -> list[str]:
+    groups = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return [verb for group in groups for verb in group.choices]
+
+
+def test_the_words_here_are_all_of_them() -> None:
+    assert set(WORDS) == set(verbs())
+
+
+@pytest.mark.parametrize("verb", WORDS)
+def test_a_verb_is_a_function_that_the_command_line_calls(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = getattr(run, verb)
+    assert callable(function) and (function.__doc__ or "").strip()
+    if verb in secateur.__all__:
+        assert getattr(secateur, verb) is function
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+    def reached(*args: Any, **kwargs: Any) -> None:
+        raise Called
+
+    monkeypatch.setattr(run, "prune" if verb == "plan" else verb, reached)
+    with pytest.raises(Called):
+        cli.main([verb, *WORDS[verb]])
