@@ -1,7 +1,7 @@
 """``--effort``: chains of method, budget and repair for who wants the best weights and names none of these.
 
 A chain is chosen by how long it may take, in dense forward passes over the calibration text (at most 4, 12 and 40).
-What each brought, and what was tried and left out, stands in docs/methods.md under "Effort".
+The guide lists them, the README has what each part brought on a real model.
 """
 
 from __future__ import annotations
