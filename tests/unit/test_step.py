@@ -16,13 +16,14 @@ from secateur.sparse.step import ACTS, Heads, Layer, Product, Step, Text, ready
 
 pytestmark = pytest.mark.skipif(not ready(), reason="the library was not built here")
 HIDDEN, FFN, VOCABULARY = 40, 56, 70
+HEADS = Heads(6, 2, 12, 0.3)
 
 
 @dataclass(frozen=True)
 class Shape:
     """What a toy model is made of."""
 
-    heads: Heads = Heads(6, 2, 12, 0.3)
+    heads: Heads = HEADS
     kind: Kind = "bitmask"
     dtype: torch.dtype = torch.float32
     act: str = "silu"
@@ -268,3 +269,19 @@ def test_memory_is_kept_alive() -> None:
     torch.randn(10_000)
     text = Text([(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))], (torch.ones(2, 4), torch.zeros(2, 4)))
     assert torch.equal(step(torch.ones(1, 4), text, 0), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_written_beyond_the_scratch(kind: Kind, batch: int) -> None:
+    for dtype in (torch.float32, torch.int8):
+        toy = Toy(Shape(kind=kind, dtype=dtype))
+        text, x = toy.text(batch, 5), torch.randn(batch, HIDDEN)
+        wanted = toy.step(x, text, 4)
+        asked = toy.step._scratch.numel() - 64  # 64 to begin at a cache line
+        toy.step._scratch = torch.full((asked + 8192,), 0x5A, dtype=torch.uint8)
+        base = -toy.step._scratch.data_ptr() % 64
+        toy.step._scratch[: base + asked] = 0
+        assert torch.equal(toy.step(x, text, 4), wanted)
+        assert bool((toy.step._scratch[base + asked :] == 0x5A).all())
+        assert bool((toy.step._scratch[:base] == 0).all())

@@ -175,7 +175,9 @@ class Step:
         threads = torch.get_num_threads()
         key = (text.batch, text.room, threads)
         if key != self._key:
-            self._scratch = torch.zeros(self._library.secateur_step_bytes(ctypes.byref(self._model), *key) + 64, dtype=torch.uint8)
+            self._scratch = torch.zeros(
+                self._library.secateur_step_bytes(ctypes.byref(self._model), *key) + 64, dtype=torch.uint8
+            )
             self._key = key
         logits = torch.empty(text.batch, self.head.rows)
         cosines, sines = text.angles
@@ -238,7 +240,9 @@ def _products(layer: Layer) -> tuple[Product, ...]:
 
 def _product(product: Product) -> _Product:
     parts = (ctypes.c_void_p * PARTS)(*(handle.address for handle in product.handles))
-    return _Product(parts, len(product.handles), product.rows, None if product.bias is None else product.bias.data_ptr())
+    return _Product(
+        parts, len(product.handles), product.rows, None if product.bias is None else product.bias.data_ptr()
+    )
 
 
 def _described(layer: Layer) -> _Layer:

@@ -135,7 +135,8 @@ inline void pause() {
 #endif
 }
 
-// Where threads wait for each other: they spin for a while (products end at nearly the same time), then step aside.
+// Where threads wait for each other. They spin: products end at nearly the same time, and a thread that steps aside may
+// not come back for milliseconds. Only where there are more threads than processors do they step aside soon.
 class Barrier {
  public:
   void wait(i64 threads) {
@@ -146,8 +147,9 @@ class Barrier {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
+    const i64 patience = threads > processors_ ? 100 : 100'000;
     for (i64 turns = 0; round_.load(std::memory_order_acquire) == round; turns++) {
-      if (turns < PATIENCE) pause();
+      if (turns < patience) pause();
 #if defined(__unix__) || defined(__APPLE__)
       else sched_yield();
 #endif
@@ -155,7 +157,11 @@ class Barrier {
   }
 
  private:
-  static constexpr i64 PATIENCE = 2000;
+#if defined(_OPENMP)
+  const i64 processors_ = omp_get_num_procs();
+#else
+  const i64 processors_ = 1;
+#endif
   alignas(64) std::atomic<i64> arrived_{0};
   alignas(64) std::atomic<i64> round_{0};
 };
