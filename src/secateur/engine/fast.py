@@ -131,7 +131,8 @@ def _refuse(model: nn.Module) -> int | None:
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in ROPES:
         raise NotFast("no decoding step of our own for this rotary embedding", received=rope, works=works)
-    acts = {type(block.mlp.act_fn).__name__ for block in model.model.layers}  # type: ignore[union-attr]
+    whole: Any = model
+    acts = {type(block.mlp.act_fn).__name__ for block in whole.model.layers}
     if not acts <= ACTS.keys():
         raise NotFast("no decoding step of our own for this activation", received=sorted(acts), works=works)
     window = getattr(config, "sliding_window", None)
