@@ -1,7 +1,7 @@
 """A decoding step of our own for Llama-like models: static cache, products that read the same input in one.
 
 Inside the host a token of a small model costs more in Python than in arithmetic, and pruning does not shrink that.
-Here a layer is nine calls into the kernels. What is known of the host is kept small: the families below, whose layers
+Here a token is one call into the library. What is known of the host is kept small: the families below, whose layers
 are x + o(attention(rope(q, k), v)) and x + down(act(gate) * up) with RMS norms before them. Anything else is refused
 with the reason, and so is a model of which the step and the host's own forward pass disagree on a few tokens: every
 `FastDecoder` is checked on the very weights that it will run. The prompt is read by the host.
@@ -11,22 +11,25 @@ Activations of the step are fp32 whatever the weights are in: that is as fast an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.engine.decoders import Decoder, HostDecoder
-from secateur.engine.fusing import Product, beside, product_of, to_kernels
+from secateur.engine.fusing import beside, product_of, to_kernels
 from secateur.engine.host.cache import cached
 from secateur.errors import SecateurError
 from secateur.sparse.kernels import available, why_missing
 from secateur.sparse.linear import PackedLinear
-from secateur.sparse.step import Heads, attend, gate, norm, ready
+from secateur.sparse.step import Heads, Layer, Step, Text, ready
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROPES = frozenset({"default", "linear", "llama3", "yarn"})  # those whose angles do not depend on the text's length
+ACTS = {
+    "SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh", "ReLU": "relu",
+}  # fmt: skip
 TOLERANCE = 1e-3  # of the largest logit, everything in fp32
 COARSE = 2e-2  # with int8 matrices, whose products round their inputs
 PROMPT, STEPS = 5, 3  # tokens of the check
@@ -34,29 +37,6 @@ PROMPT, STEPS = 5, 3  # tokens of the check
 
 class NotFast(SecateurError):
     """This model has to run in the host's own forward pass; says why."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer, ready to run; products take [batch, in] to [batch, out].
-
-    Attributes:
-        qkv, o, gate_up, down: products; the first and third hand back what shares an input side by side.
-        before_attention, before_ffn: weights of the norms.
-        eps: of these norms.
-        heads: of the attention.
-        act: the gate's activation; None is silu.
-    """
-
-    qkv: Product
-    o: Product
-    gate_up: Product
-    down: Product
-    before_attention: Tensor
-    before_ffn: Tensor
-    eps: float
-    heads: Heads
-    act: nn.Module | None
 
 
 class FastDecoder(Decoder):
@@ -78,11 +58,9 @@ class FastDecoder(Decoder):
         self._limit = _refuse(model)
         to_kernels(model)
         inner: Any = self.model.model
-        self._layers = [_layer(block) for block in inner.layers]
-        self._norm, self._eps = _fp32(inner.norm.weight), float(inner.norm.variance_epsilon)
-        head: Any = self.model.lm_head
-        self._head = product_of(head)
-        self._cache: list[tuple[Tensor, Tensor]] = []
+        layers, head = [_layer(block) for block in inner.layers], product_of(self.model.lm_head)
+        self._step = Step(layers, head, _fp32(inner.norm.weight), float(inner.norm.variance_epsilon))
+        self._text: Text | None = None
         self._at = 0
         self.how = f"own step, {available()} kernels, static cache"
         with torch.inference_mode():
@@ -99,25 +77,22 @@ class FastDecoder(Decoder):
             )
         host = HostDecoder(self.model, exact)
         logits = host.begin(ids, room)
-        self._cache = []
+        caches = []
         for pair in cached(host.cache):
             roomy = [torch.zeros(*t.shape[:2], size, t.shape[3]) for t in pair]
             for kept, found in zip(roomy, pair, strict=True):
                 kept[:, :, :length] = found
-            self._cache.append((roomy[0], roomy[1]))
-        self._angles = _angles(self.model.model.rotary_emb, size)
+            caches.append((roomy[0], roomy[1]))
+        self._text = Text(caches, _angles(self.model.model.rotary_emb, size))
+        self._step.fit(self._text)
         self._at = length
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        x = self.model.model.embed_tokens(tokens).float()
-        angles = (self._angles[0][self._at], self._angles[1][self._at])
-        for layer, cache in zip(self._layers, self._cache, strict=True):
-            h = norm(x, layer.before_attention, layer.eps)
-            x.add_(layer.o(attend(layer.heads, layer.qkv(h), cache, angles, self._at)))
-            x.add_(layer.down(_gated(layer, layer.gate_up(norm(x, layer.before_ffn, layer.eps)))))
+        assert self._text is not None, "begin comes first"
+        logits = self._step(self.model.model.embed_tokens(tokens).float(), self._text, self._at)
         self._at += 1
-        return self._head(norm(x, self._norm, self._eps))
+        return logits
 
     def _check(self) -> None:
         """Refuse to run what the host computes differently: the last tokens of a short text, in fp32.
@@ -129,7 +104,7 @@ class FastDecoder(Decoder):
         wanted = self.model(inputs_embeds=embed(ids).float(), use_cache=False).logits[:, PROMPT:]
         self.begin(ids[:, :PROMPT], STEPS, exact=True)
         found = torch.stack([self.step(ids[:, PROMPT + i]) for i in range(STEPS)], 1)
-        self._cache = []
+        self._text = None
         error = float((found - wanted).abs().max() / wanted.abs().max())
         int8 = any(isinstance(m, PackedLinear) and m.dtype == torch.int8 for m in self.model.modules())
         bound = COARSE if int8 else TOLERANCE
@@ -156,6 +131,10 @@ def _refuse(model: nn.Module) -> int | None:
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in ROPES:
         raise NotFast("no decoding step of our own for this rotary embedding", received=rope, works=works)
+    whole: Any = model
+    acts = {type(block.mlp.act_fn).__name__ for block in whole.model.layers}
+    if not acts <= ACTS.keys():
+        raise NotFast("no decoding step of our own for this activation", received=sorted(acts), works=works)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     slides = window is not None if kinds is None else any(kind != "full_attention" for kind in kinds)
@@ -184,16 +163,8 @@ def _layer(block: Any) -> Layer:
             eps=float(own[0].variance_epsilon) if own else 0.0,
             norms=(_fp32(own[0].weight), _fp32(own[1].weight)) if own else None,
         ),
-        act=None if type(ffn.act_fn).__name__ in ("SiLU", "SiLUActivation") else ffn.act_fn,
+        act=ACTS[type(ffn.act_fn).__name__],
     )
-
-
-def _gated(layer: Layer, both: Tensor) -> Tensor:
-    """act(gate) * up of [batch, (gate, up)]."""
-    if layer.act is None:
-        return gate(both)
-    first, second = both.chunk(2, -1)
-    return layer.act(first) * second
 
 
 def _angles(rotary: Any, size: int) -> tuple[Tensor, Tensor]:

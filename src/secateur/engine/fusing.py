@@ -6,20 +6,19 @@ head tied to the embedding stays tied), and matrices laid side by side become vi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.engine.host.stand_ins import is_linear
 from secateur.sparse.formats import Packed, fused
 from secateur.sparse.kernels import TYPES, Handle, row_blocks
 from secateur.sparse.layout import ROWS
 from secateur.sparse.linear import PackedLinear
-
-Product = Callable[[Tensor], Tensor]
+from secateur.sparse.step import Product
 
 
 def to_kernels(model: nn.Module) -> None:
@@ -35,12 +34,12 @@ def to_kernels(model: nn.Module) -> None:
 
 
 def product_of(module: PackedLinear) -> Product:
-    """[batch, in] to [batch, out] by one module's matrix and bias, without the detour through the module."""
-    return _product(module.handle(), [module])
+    """One module's matrix and bias."""
+    return _product([module.handle()], [module])
 
 
 def beside(owner: nn.Module, names: Sequence[str]) -> Product:
-    """[batch, in] to [batch, outs side by side] by several modules of one owner that read the same input.
+    """Up to three modules of one owner that read the same input, outputs side by side.
 
     Where their matrices can lie in one piece (bitmasks of whole row blocks, or dense), they are laid so.
     """
@@ -50,17 +49,14 @@ def beside(owner: nn.Module, names: Sequence[str]) -> Product:
     alike = all((p.kind, p.dtype) == (first.kind, first.dtype) for p in packs)
     blocks = all(p.shape[0] % ROWS == 0 for p in packs[:-1])
     if not alike or not (first.kind == "dense" or (first.kind == "bitmask" and blocks)):
-        products = [product_of(module) for module in modules]
-        return lambda x: torch.cat([product(x) for product in products], -1)
+        return _product([module.handle() for module in modules], modules)
     whole, start = fused(packs), 0
     for name, module in zip(names, modules, strict=True):
         view = PackedLinear(_rows(whole, start, start + module.out_features), module.bias)
         view.limit = module.limit
         setattr(owner, name, view)
         start += module.out_features
-    handle = Handle(whole)
-    handle.limit = modules[0].handle().limit
-    return _product(handle, modules)
+    return _product([Handle(whole)], modules)
 
 
 def _rows(whole: Packed, start: int, end: int) -> Packed:
@@ -71,10 +67,10 @@ def _rows(whole: Packed, start: int, end: int) -> Packed:
     return replace(whole, shape=(end - start, whole.shape[1]), parts=parts)
 
 
-def _product(handle: Handle, modules: Sequence[PackedLinear]) -> Product:
+def _product(handles: Sequence[Handle], modules: Sequence[PackedLinear]) -> Product:
     biases = [module.bias for module in modules]
     if all(b is None for b in biases):
-        return handle.product
+        return Product(tuple(handles))
     zeros = [torch.zeros(module.out_features) for module in modules]
     bias = torch.cat([z if b is None else b.detach().float() for z, b in zip(zeros, biases, strict=True)])
-    return lambda x: handle.product(x, bias)
+    return Product(tuple(handles), bias)

@@ -71,6 +71,16 @@ class Handle:
             self._matrix = self._described()
             self._address = ctypes.addressof(self._matrix)
 
+    @property
+    def address(self) -> int:
+        """Where the library finds the matrix; only where it is built."""
+        return self._address
+
+    @property
+    def level(self) -> int:
+        """The instruction level, as a place in ``LEVELS``."""
+        return self._level
+
     def _described(self) -> _Matrix:
         packed, kept = self.packed, self._kept
         (rows, columns), (r, c) = packed.shape, packed.tile or (1, 1)

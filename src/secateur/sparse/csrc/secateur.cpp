@@ -2,7 +2,6 @@
 //
 // A product splits its tokens into groups of up to eight, lays each group's inputs out as the kernel reads them, and
 // splits rows over threads. Threads are OpenMP's, so in a process with PyTorch they are PyTorch's own.
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -10,7 +9,7 @@
 #include <omp.h>
 #endif
 
-#include "matrix.h"
+#include "inputs.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -30,17 +29,6 @@ bool has(i32 level) {
            __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") && avx512_kernels(false);
 #endif
   return level == PORTABLE;
-}
-
-const Kernels* kernels_of(i32 level) {
-#if defined(__x86_64__)
-  if (level == AVX512) {
-    static const bool pairs = __builtin_cpu_supports("avx512bf16");
-    return avx512_kernels(pairs);
-  }
-  if (level == AVX2) return avx2_kernels();
-#endif
-  return portable_kernels();
 }
 
 // Calls f(begin, end) on as many threads as asked, each with its share of n units.
@@ -77,118 +65,6 @@ struct Scratch {
 };
 
 thread_local Scratch INPUTS, LINES;
-
-struct Activations {
-  const void* data;
-  bool bf16;
-  i64 columns;
-
-  float at(i64 token, i64 column) const {
-    const i64 i = token * columns + column;
-    if (!bf16) return ((const float*)data)[i];
-    const u32 bits = u32(((const u16*)data)[i]) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-};
-
-// The two planes of a token's inputs: x = coarse a + fine b up to half a fine step, a and b whole and within 127.
-struct Planes {
-  float coarse, fine;
-
-  static Planes of(const Activations& x, i64 token) {
-    float most = 0;
-    for (i64 c = 0; c < x.columns; c++) {
-      const float size = std::fabs(x.at(token, c));
-      if (!(size <= 3.4e38f)) return {NAN, NAN};  // inf or nan: so are the outputs
-      most = size > most ? size : most;
-    }
-    const float coarse = most / 127;
-    return {coarse, coarse / 254};
-  }
-  // Adding and taking away 1.5 x 2^23 rounds to the nearest whole number, ties to even, in any vector unit.
-  static float nearest(float value) {
-    const float whole = (value + 12582912.f) - 12582912.f;
-    return whole > 127 ? 127.f : whole < -127 ? -127.f : whole;
-  }
-  // Splits n inputs; each byte is 128 above its value.
-  void split(const float* x, i64 n, u8* a, u8* b) const {
-    memset(a, 128, size_t(n)), memset(b, 128, size_t(n));
-    if (!(fine > 1e-30f)) return;  // nothing but zeros, nothing finite, or too small to divide by
-    const float by_coarse = 1 / coarse, by_fine = 1 / fine;
-    for (i64 i = 0; i < n; i++) {
-      const float whole = nearest(x[i] * by_coarse);
-      a[i] = u8(i32(whole) + 128);
-      b[i] = u8(i32(nearest((x[i] - whole * coarse) * by_fine)) + 128);
-    }
-  }
-};
-
-i64 rounded(i64 n, i64 to) { return (n + to - 1) / to * to; }
-
-i64 width_of(i64 tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : GROUP; }
-
-Form form_of(const Matrix& m, const Kernels& k, bool bf16, i64 tokens) {
-  const bool planes = k.planes && m.type == INT8 && m.sums, pairs = k.pairs && m.type == BF16 && bf16;
-  switch (m.kind) {
-    case BITMASK: return planes ? QUADS : pairs ? PAIRS : FLOATS;
-    case DENSE: return planes ? PLANES : pairs ? BF16S : ROWS;
-    case CSR: return tokens == 1 ? ROWS : LANES;
-    default: return ROWS;
-  }
-}
-
-size_t bytes_of(Form form, i64 columns, i64 tokens) {
-  const i64 padded = rounded(columns, 64) + SPARE;
-  return size_t(padded) * size_t(form == LANES ? BLOCK : tokens) * (form == QUADS || form == PLANES ? 2 : 4);
-}
-
-// Lays `tokens` tokens from `first` on out in the form, zeros up to `width` tokens and past the last column.
-void lay(const Activations& x, i64 first, i64 tokens, Form form, Input& in, void* memory) {
-  const i64 width = form == LANES ? BLOCK : width_of(tokens), columns = x.columns;
-  in.data = memory, in.form = form, in.tokens = tokens, in.stride = rounded(columns, 64) + SPARE;
-  // An offset of 128 stands for zero in bytes, but weights are zero wherever no input is.
-  memset(memory, 0, bytes_of(form, columns, width));
-  for (i64 n = 0; n < tokens; n++) {
-    const i64 token = first + n;
-    if (form == QUADS || form == PLANES) {
-      const Planes planes = Planes::of(x, token);
-      in.coarse[n] = planes.coarse, in.fine[n] = planes.fine;
-      u8* const bytes = (u8*)memory;
-      for (i64 c = 0; c < columns; c += 64) {
-        const i64 some = columns - c < 64 ? columns - c : 64;
-        float inputs[64];
-        u8 a[64] = {}, b[64] = {};
-        for (i64 i = 0; i < some; i++) inputs[i] = x.at(token, c + i);
-        planes.split(inputs, some, a, b);
-        if (form == PLANES) {
-          memcpy(bytes + 2 * n * in.stride + c, a, size_t(some)), memcpy(bytes + (2 * n + 1) * in.stride + c, b, size_t(some));
-          continue;
-        }
-        for (i64 q = 0; q < (some + 3) / 4; q++) {
-          u8* const quad = bytes + ((c / 4 + q) * 2 * width + 2 * n) * 4;
-          memcpy(quad, a + 4 * q, 4), memcpy(quad + 4, b + 4 * q, 4);
-        }
-      }
-    } else if (form == PAIRS || form == BF16S) {
-      const u16* from = (const u16*)x.data + token * columns;
-      u16* const to = (u16*)memory;
-      if (form == BF16S || width == 1) memcpy(to + n * in.stride, from, size_t(columns) * 2);
-      else
-        for (i64 c = 0; c < columns; c++) to[(c / 2 * width + n) * 2 + c % 2] = from[c];
-    } else {
-      float* const to = (float*)memory;
-      if (form == ROWS || width == 1) {
-        if (!x.bf16) memcpy(to + n * in.stride, (const float*)x.data + token * columns, size_t(columns) * 4);
-        else
-          for (i64 c = 0; c < columns; c++) to[n * in.stride + c] = x.at(token, c);
-      } else {
-        for (i64 c = 0; c < columns; c++) to[c * width + n] = x.at(token, c);
-      }
-    }
-  }
-}
 
 // y = W x for one token by columns, skipping inputs that are zero; returns how many products that took, or -1.
 i64 product_of_columns(const Matrix& m, const Activations& x, i64 token, const Kernels& k, const Output& out,
@@ -227,12 +103,6 @@ i64 product_of_columns(const Matrix& m, const Activations& x, i64 token, const K
   return macs;
 }
 
-i64 lines_of(const Matrix& m) {
-  return m.kind == BITMASK ? (m.rows + BLOCK - 1) / BLOCK
-         : m.kind == TILE  ? (m.rows + m.tile_rows - 1) / m.tile_rows
-                           : m.rows;
-}
-
 }  // namespace
 }  // namespace secateur
 
@@ -248,7 +118,7 @@ EXPORT i64 secateur_product(const Matrix* matrix, const void* x, i32 bf16, i64 t
                             i32 level, i32 threads) {
   const Matrix& m = *matrix;
   const Kernels& k = *kernels_of(level);
-  const Activations inputs{x, bf16 != 0, m.columns};
+  const Activations inputs{x, bf16 != 0, m.columns, m.columns};
   i64 macs = 0;
   for (i64 first = 0; first < tokens;) {
     const i64 most = m.kind == COLUMNS ? 1 : m.kind == CSR ? BLOCK : GROUP;
@@ -268,11 +138,9 @@ EXPORT i64 secateur_product(const Matrix* matrix, const void* x, i32 bf16, i64 t
       lay(inputs, first, count, form, in, memory);
       bool lost = false;
       split(lines_of(m), threads, [&](i64 begin, i64 end, i64) {
-        if (m.kind == BITMASK) k.bitmask(m, in, out, begin, end);
-        else if (m.kind == CSR) k.csr(m, in, out, begin, end);
-        else if (m.kind == DENSE) k.dense(m, in, out, begin, end);
-        else if (void* lines = LINES.take(bytes_of(ROWS, m.columns, width))) k.tile(m, in, out, begin, end, lines);
-        else lost = true;
+        void* lines = m.kind == TILE ? LINES.take(bytes_of(ROWS, m.columns, width)) : nullptr;
+        if (m.kind == TILE && !lines) lost = true;
+        else multiply(k, m, in, out, begin, end, lines);
       });
       if (lost) return -1;
     }
