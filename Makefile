@@ -10,7 +10,7 @@ BIN         := .venv/bin
 STAMP       := .venv/.secateur
 PIP         := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-BENCHES := bench-weights bench-literal bench-structure bench-streaming bench-cost bench-packed bench-kernels bench-decode
+BENCHES := bench-weights bench-methods bench-literal bench-structure bench-streaming bench-cost bench-packed bench-kernels bench-decode
 
 .PHONY: help setup demo test check check-slow lint docs bench texts clean $(BENCHES)
 
@@ -63,7 +63,7 @@ BENCH   := out/bench
 
 bench: $(BENCHES)
 
-bench-weights bench-literal bench-structure bench-decode: texts setup
+bench-weights bench-methods bench-literal bench-structure bench-decode: texts setup
 bench-streaming bench-cost bench-packed bench-kernels: setup
 
 texts:
@@ -73,6 +73,12 @@ texts:
 bench-weights:
 	@mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/weights.py --calibration "$(CALIBRATION)" --test "$(TEST)" --out $(BENCH)/weights.json
+
+# CHOICES=piqa-dev.jsonl adds multiple choice.
+bench-methods:
+	@mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/methods.py --calibration "$(CALIBRATION)" --test "$(TEST)" \
+	  $(if $(CHOICES),--choices "$(CHOICES)") --out $(BENCH)/methods.json
 
 bench-literal:
 	@mkdir -p $(BENCH)

@@ -30,6 +30,7 @@ from whole_toys import cli, make, tokens, write_model, write_text
 FAMILIES = ("llama", "gpt2", "mixtral")
 UNITS = ("ffn", "kv_group", "head", "expert", "layer")
 ONLY = {  # scores that do not rank everything
+    "taylor_block": ("weight",),
     "taylor_vector": UNITS,
     "activation_norm": UNITS,
     "block_influence": ("layer",),
