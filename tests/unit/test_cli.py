@@ -284,6 +284,7 @@ def test_a_signal_ends_cleanly_and_says_how_to_resume(number: signal.Signals) ->
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "ready\n"
