@@ -58,8 +58,9 @@ class FastDecoder(Decoder):
         self._limit = _refuse(model)
         to_kernels(model)
         inner: Any = self.model.model
-        layers, head = [_layer(block) for block in inner.layers], product_of(self.model.lm_head)
-        self._step = Step(layers, head, _fp32(inner.norm.weight), float(inner.norm.variance_epsilon))
+        head: Any = self.model.lm_head
+        layers = [_layer(block) for block in inner.layers]
+        self._step = Step(layers, product_of(head), _fp32(inner.norm.weight), float(inner.norm.variance_epsilon))
         self._text: Text | None = None
         self._at = 0
         self.how = f"own step, {available()} kernels, static cache"
