@@ -58,7 +58,7 @@ from secateur.speed import bench as bench
 from secateur.speed import run as run
 from secateur.stage import Conditions, Stage, check_space, needs_text
 from secateur.step import Step
-from secateur.workdir import BlockSink, finished, opened
+from secateur.workdir import BlockSink, finished, opened, remove
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAN = "plan.safetensors"
@@ -203,8 +203,7 @@ class _Run:
             result = self._result(ready, tuple(records)) if self.world.first else {}
             if self.world.first:
                 publish(self._only_plan(ready) if self.how.only_plan else ready, self.out, self.how.overwrite)
-                with writing(work):
-                    shutil.rmtree(work)
+                remove(work)
             self.world.wait()
         return result
 

@@ -84,15 +84,37 @@ def finished(out: Path, recipe: Recipe, how: How) -> bool:
     if not (how.only_plan or any(out.glob("model*.safetensors"))):
         return False
     if _published(work, len(recipe.steps)):
-        with writing(work):
-            shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     return True
 
 
+def remove(work: Path) -> None:
+    """Remove a working directory whose result is in place. What says that it is a run's goes first, so that a kill
+    half-way leaves something that is known for what it is."""
+    with writing(work):
+        (work / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # the result stands either way
+
+
 def _published(work: Path, steps: int) -> bool:
-    """Whether a run was killed after its result was moved to the output, with only this directory left to remove."""
+    """Whether a run was killed after its result was moved to the output, with only this directory left to remove, or
+    what is left of it."""
     last = work / f"step-{max(steps, 1) - 1}"
-    return (last / "finished.json").is_file() and not (last / "ready").exists()
+    if (work / "run.json").is_file():
+        return (last / "finished.json").is_file() and not (last / "ready").exists()
+    return work.is_dir() and _idle(work)
+
+
+def _idle(work: Path) -> bool:
+    """Whether no run that is alive holds the directory."""
+    try:
+        with open(work / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -173,6 +173,7 @@ def test_compiled_writes_the_same(packed: dict[str, Path], which: str, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, inside inductor
 def test_compiled_by_inductor_writes_the_same() -> None:
     model = make("llama")
     assert torch.equal(written(decoder_of(model, compiled=True), IDS, 10), hosts(model, IDS, 10))

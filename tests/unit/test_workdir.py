@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from secateur import run
 from secateur.engine.headers import Entry
 from secateur.stage import Outcome
+from secateur.workdir import work_dir
 from whole_toys import cli, write_model
 
 
@@ -33,3 +36,25 @@ def test_finished_blocks_leave_nothing_but_where_their_plan_lies(
         held = [outcome.plan.bits(key).held for key in outcome.plan]
         assert len(held) >= 4 and all(isinstance(h, Entry) for h in held)
     assert (tmp_path / "a/plan.safetensors").read_bytes() == (tmp_path / "b/plan.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("gone", [("run.json",), ("run.json", "step-0/finished.json"), ("run.json", "lock", "step-0")])
+def test_what_a_kill_left_of_a_directory_that_was_being_removed_goes(gone: tuple[str, ...], tmp_path: Path) -> None:
+    """The result is in its place; killed while the working directory was being removed, in any order but the first."""
+    model, out = write_model(tmp_path / "model"), tmp_path / "out"
+    words = ["prune", model, "-o", out, "--space", "weight", "--score", "magnitude", "--sparsity", 0.5, "--no-measure"]
+    assert cli(*words) == 0
+    work = work_dir(out)
+    (work / "step-0").mkdir(parents=True)
+    for name in ("run.json", "lock", "step-0/finished.json", "step-0/plan-00000.safetensors"):
+        (work / name).write_text("{}")
+    for name in gone:
+        path = work / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    if (work / "lock").exists():
+        with open(work / "lock") as lock:  # another run is alive there, and has not written what it is yet
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert cli(*words, "--resume") == 0 and work.exists()
+    assert cli(*words, "--resume") == 0 and not work.exists()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

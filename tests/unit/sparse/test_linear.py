@@ -108,6 +108,7 @@ def test_a_compiled_graph_holds_the_product_as_one_operator(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, inside inductor
 def test_inductor_compiles_it() -> None:
     packed, twin = layer()
     compiled = torch.compile(nn.Sequential(packed, nn.ReLU()), fullgraph=True)
