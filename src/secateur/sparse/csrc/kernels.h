@@ -53,6 +53,11 @@ inline i64 column_at(const Matrix& m, i64 i) {
   return m.col_bytes == 2 ? ((const int16_t*)m.col)[i] : ((const i32*)m.col)[i];
 }
 
+// memcpy that may be given nothing from nowhere: a matrix without values has no address for them.
+inline void copy_bytes(void* to, const void* from, i64 n) {
+  if (n) memcpy(to, from, size_t(n));
+}
+
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
 template <int V>
@@ -98,7 +103,7 @@ inline void bitmask_block(const Matrix& m, const float* x, i64 block, typename A
     F column[4];
     if (Arch::OVERREADS && end - values < 64 * SIZE + 32) {
       u8 copy[64 * SIZE + 32];
-      memcpy(copy, values, size_t(step));
+      copy_bytes(copy, values, step);
       Arch::template columns<TYPE>(bits, copy, column);
     } else {
       for (i64 ahead = 0; ahead < 32 * SIZE; ahead += 64) Arch::prefetch(values + AHEAD + ahead);  // half full words
@@ -283,7 +288,7 @@ inline void add_columns(const Matrix& m, const i32* active, const float* inputs,
       u8 copy[64 * SIZE + 32];
       const u8* from = values[c];
       if (Arch::OVERREADS && end - from < 64 * SIZE + 32) {
-        memcpy(copy, from, size_t(__builtin_popcountll(bits) * SIZE));
+        copy_bytes(copy, from, __builtin_popcountll(bits) * SIZE);
         from = copy;
       }
       Arch::prefetch(values[c] + 512);
@@ -324,7 +329,7 @@ void unpack_blocks(const Matrix& m, T* panel, i64 begin, i64 end) {
         u8 copy[64 * SIZE + 32];
         const u8* from = values;
         if (Arch::OVERREADS && last - values < 64 * SIZE + 32) {
-          memcpy(copy, values, size_t(step));
+          copy_bytes(copy, values, step);
           from = copy;
         }
         Arch::template columns<TYPE>(bits, from, column);
