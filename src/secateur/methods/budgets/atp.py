@@ -21,7 +21,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.methods.base import Amount, Budget, SiteInfo
-from secateur.methods.budgets.settle import afford, affordable
+from secateur.methods.budgets.settle import afford, affordable, shares_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,5 @@ class Atp(Budget):
             depth = {b: (b - first) / (last - first) if last > first else 0.5 for b in weight}
             return {b: min(max(level + self.rise * (0.5 - depth[b]), 0.0), 1.0) for b in weight}
 
-        low, high = -1.0, 2.0
-        for _ in range(100):  # what is kept rises with the level
-            mid = (low + high) / 2
-            kept = sum(weight[b] * share for b, share in shares(mid).items())
-            low, high = (mid, high) if kept < want else (low, mid)
-        share = shares(high)
+        share = shares_of(weight, want, shares, (-1.0, 2.0))
         return afford(sites, [site.units * share[site.block] for site in sites], keep)

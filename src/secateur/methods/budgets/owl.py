@@ -22,7 +22,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.methods.base import Amount, Budget, Score, SiteInfo
 from secateur.methods.budgets.ranks import Ranks
-from secateur.methods.budgets.settle import settle, total_count
+from secateur.methods.budgets.settle import settle, shares_of, total_count
 from secateur.methods.scores.wanda import Wanda
 
 
@@ -70,10 +70,5 @@ class Owl(Budget):
             raised = {at: 2 * self.strength * ((r - low) / spread if spread else 0.5) for at, r in ratio.items()}
             return {at: min(max(base + up + shift, floor), ceiling) for at, up in raised.items()}
 
-        below, above = -2 * self.strength - 1, 1.0
-        for _ in range(100):  # the kept total rises with the shift
-            mid = (below + above) / 2
-            kept = sum(units[at] * share for at, share in shares(mid).items())
-            below, above = (mid, above) if kept < total else (below, mid)
-        share = shares(above)
+        share = shares_of(units, total, shares, (-2 * self.strength - 1, 1.0))
         return settle(sites, [s.units * share[s.block] for s in sites], total)

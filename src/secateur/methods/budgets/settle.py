@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 
 from secateur.errors import SecateurError
@@ -53,6 +53,24 @@ def total_count(sites: Sequence[SiteInfo], keep: Amount) -> int:
             )
         return kept
     return sum(uniform_count(site, keep) for site in sites)
+
+
+def shares_of(
+    weight: Mapping[int, float], wanted: float, shares: Callable[[float], dict[int, float]], ends: tuple[float, float]
+) -> dict[int, float]:
+    """Blocks' shares that add up, by weight, to what is wanted (or just above).
+
+    Args:
+        weight: of every block.
+        shares: of every block by one number; none falls as that rises.
+        ends: numbers that give too little and too much.
+    """
+    below, above = ends
+    for _ in range(100):
+        middle = (below + above) / 2
+        kept = sum(weight[at] * share for at, share in shares(middle).items())
+        below, above = (middle, above) if kept < wanted else (below, middle)
+    return shares(above)
 
 
 def affordable(sites: Sequence[SiteInfo], keep: Amount) -> Decimal:
