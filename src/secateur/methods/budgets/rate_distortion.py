@@ -19,6 +19,10 @@ arbitrary set of quantizers"; for tiles of transformers Xu et al. 2024 (LPViT), 
 code measures each curve by pruning at many levels and smooths it, here errors of single units are added up, so what
 two units lose together is not seen. The curves assume that what costs least goes first, which is exact where the step
 ranks by the same score (and for `wanda` within rows), and a guess elsewhere.
+
+Measured: a loss on SmolLM2 (`benchmarks/results/allocation.json`; Wanda 60 %: uniform 61.9, this 108, atp 52.4; tiles
+at 30 %: 1902, 101384, 1151). Where one input channel is huge, a matrix's own error hardly sees the other weights, and
+nearly all of them go (down_proj of layers 2, 11 and 28). ``by: loss`` was not measured.
 """
 
 from __future__ import annotations
