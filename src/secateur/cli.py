@@ -319,7 +319,9 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--score", metavar="NAME", help="magnitude, wanda, ria, taylor, ... (docs/methods.md lists all)")
     g.add_argument("--method", metavar="NAME", help="sparsegpt: choose and repair in one sweep")
     g.add_argument("--effort", metavar="E", help="fast, balanced or best: chooses method, budget and repair of weights")
-    g.add_argument("--repair", metavar="NAME", help="least_squares, mean_bias or local_reconstruction: mend what stays")
+    g.add_argument(
+        "--repair", metavar="NAME", help="least_squares, mean_bias, local_ or block_reconstruction: mend what stays"
+    )
     g.add_argument("--fit-on", metavar="S", help="dense, pruned or mix: whose inputs/outputs layers are fitted on")
     g.add_argument("--grain", help="row, matrix, columns:128, 2:4, tile:16x16 or unit: who competes with whom")
     g.add_argument("--include", metavar="PATTERN", action="append", help="only tensors whose name matches (repeatable)")

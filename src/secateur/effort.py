@@ -18,12 +18,12 @@ CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
     {
         "fast": ({"method": "alps", "budget": "atp"}, {"method": "alps"}),
         "balanced": (
-            {"method": "alps", "budget": "atp", "repair": "local_reconstruction:passes=1"},
-            {"method": "alps", "repair": "local_reconstruction:passes=1"},
+            {"method": "alps", "budget": "atp", "repair": "block_reconstruction:passes=4"},
+            {"method": "alps", "repair": "block_reconstruction:passes=4"},
         ),
         "best": (
-            {"method": "alps", "budget": "atp", "repair": "local_reconstruction:passes=4"},
-            {"method": "alps", "repair": "local_reconstruction:passes=4"},
+            {"method": "alps", "budget": "atp", "repair": "block_reconstruction:passes=12"},
+            {"method": "alps", "repair": "block_reconstruction:passes=12"},
         ),
     }
 )

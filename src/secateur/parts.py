@@ -59,6 +59,12 @@ class Parts:
         return isinstance(self.repair, PartRepair)
 
     @property
+    def beside(self) -> bool:
+        """Whether fitting needs the dense model's activations beside those of the pruned one."""
+        whole = isinstance(self.repair, PartRepair) and self.repair.whole
+        return self.fit_on == "mix" or (whole and self.fit_on == "pruned")
+
+    @property
     def reads(self) -> bool:
         """Whether carrying the step out reads calibration text."""
         return bool(self.needs or self.survey_needs) or self.streams
@@ -67,7 +73,9 @@ class Parts:
     def held(self) -> int:
         """Sets of the text's activations that a walk holds at once: what the next block is fitted on, the dense stream
         beside it, its next ones while these are still looked at, and a sub-layer's inputs and targets."""
-        return 1 + int(self.fit_on == "mix") + (2 + int(self.fit_on != "pruned") if self.streams else 0)
+        coming = self.streams and (self.beside or self.fit_on == "dense")
+        parts = 2 * int(isinstance(self.repair, PartRepair) and not self.repair.whole)
+        return 1 + int(self.beside) + int(coming) + parts
 
     def needs_of(self, choosing: bool, fitting: bool) -> tuple[type[Probe], ...]:
         """Probes for choosing what stays, for fitting weights (a joint method's and the repair's), or for both."""

@@ -108,7 +108,7 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
         hidden, widest = _hidden(run), max(max(shape) for shape in shapes)
         kept = -(-text.samples // run.world.size) * text.length * hidden * 4
         parts["activations"] = 0 if run._spill else kept * first.parts.held
-        tokens = run.recipe.batch_size * text.length
+        tokens = (1 if first.parts.streams else run.recipe.batch_size) * text.length
         widths = WIDTHS + (BEHIND if 4 * tokens * hidden <= HEAP else 0)
         batch = 4 * tokens * (WIDEST * widest + widths * hidden)
         parts["statistics"] = max(statistics(needs, b, text.length) for b in anatomy.blocks)
@@ -124,7 +124,7 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
         if isinstance(first.parts.repair, LeastSquares):
             mended = [mending_bytes(max(g.rows), g.columns, share_of(step)) for own in chosen for g in own]
             scores = max([scores, *mended])
-    return [parts | {"one batch": batch}, parts | {"scores and masks": scores, "fit of a sub-layer": fit}]
+    return [parts | {"one batch": batch}, parts | {"scores and masks": scores, "fit of a part": fit}]
 
 
 def share_of(step: Step) -> float:

@@ -24,7 +24,7 @@ from secateur.measure.size import TOP_K
 from secateur.methods.base import Amount
 from secateur.methods.budgets.evopress import EvoPress
 from secateur.methods.repairs.least_squares import LeastSquares
-from secateur.methods.repairs.local_reconstruction import LocalReconstruction
+from secateur.methods.repairs.local_reconstruction import WITNESSES, LocalReconstruction
 from secateur.methods.sites import block_matrices
 from secateur.parts import Parts, parts_of
 from secateur.predict_memory import head_macs, inputs, pruned, share_of, vocabulary
@@ -59,6 +59,7 @@ class Speed:
         score: per weight scored, compared and masked.
         logit: per entry of a softmax.
         hashed: per byte.
+        fitted: as product, in the dtype in which a repair fits by gradient.
     """
 
     product: float
@@ -67,6 +68,7 @@ class Speed:
     score: float
     logit: float
     hashed: float
+    fitted: float
 
 
 def durations(
@@ -110,8 +112,15 @@ def speed_of(run: _Run, first: Stage) -> Speed:
     tokens = min(run.recipe.batch_size * run.recipe.text.length, 1024)
     w, x = torch.randn(rows, inner, device=device), torch.randn(tokens, inner, device=device)
     stored = run.store.dtype_of(run.store.names(0)[0])
-    with torch.no_grad(), products_in(passes, device):
-        product = _timed(lambda: x @ w.T, device) / (rows * inner * tokens)
+
+    def products(dtype: torch.dtype) -> float:
+        with torch.no_grad(), products_in(dtype, device):
+            return _timed(lambda: x @ w.T, device) / (rows * inner * tokens)
+
+    product = products(passes)
+    repairs = [parts_of(step).repair for step in run.steps]
+    fits = [r.dtype(device) for r in repairs if isinstance(r, LocalReconstruction)]
+    fitted = products(fits[0]) if fits and fits[0] not in (None, passes) else product
     measured = product
     if stored != passes:
         narrow = (x.to(stored), w.T.to(stored))
@@ -135,7 +144,7 @@ def speed_of(run: _Run, first: Stage) -> Speed:
     logit = _timed(lambda: logits.log_softmax(-1), device) / logits.numel()
     data = bytes(1 << 20)
     hashed = _timed(lambda: hashlib.sha256(data).digest(), device) / len(data)
-    return Speed(product, measured, vector, _timed(decide, device) / scores.numel(), logit, hashed)
+    return Speed(product, measured, vector, _timed(decide, device) / scores.numel(), logit, hashed, fitted)
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
@@ -168,11 +177,13 @@ def _step(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed) -
 
 
 def _mend(run: _Run, first: Stage, parts: Parts, own: int, at: Speed) -> float:
-    """What a repair takes beside its statistics, and the dense stream of a mix."""
+    """What a repair takes beside its statistics, and the dense stream where one is walked."""
     tokens = run.recipe.text.samples * run.recipe.text.length / run.world.size
-    passes = float(parts.fit_on == "mix")
+    passes = float(parts.beside)
     if isinstance(parts.repair, LocalReconstruction):  # notes inputs and targets, looks twice at the error, descends
-        passes += 4 + 3 * parts.repair.passes + (0 if parts.needs else 1)
+        noted = 0 if parts.repair.whole else 3
+        seen = 2 * min(1.0, WITNESSES / run.recipe.text.samples)
+        passes += noted + seen + 3 * parts.repair.passes * at.fitted / at.product + (0 if parts.needs else 1)
     work, step = Work(), first.step
     for block in first.anatomy.blocks if step.space != "layer" else ():
         for g in pruned(block, step):

@@ -40,10 +40,10 @@ def prepared(store: Store, step: Step) -> Store:
 
 
 def fits_said(fits: Sequence[Fitted]) -> str:
-    """One sentence on the fits of a step's sub-layers."""
+    """One sentence on the fits of a step's sub-layers or blocks."""
     better = sum(fit.after < fit.before for fit in fits)
     before, after = fmean(fit.before for fit in fits), fmean(fit.after for fit in fits)
     return (
-        f"{better} of {len(fits)} sub-layers were fitted to the dense outputs with less error, the others left as they "
-        f"were: |error|^2 / |output|^2 on the calibration text from {before:.4g} to {after:.4g} on average"
+        f"{better} of {len(fits)} parts were fitted to the dense outputs with less error, the others left as they "
+        f"were: a token's relative squared error on the calibration text from {before:.4g} to {after:.4g} on average"
     )

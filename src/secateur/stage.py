@@ -261,12 +261,14 @@ class Stage:
         """
         gradient, skip = self.gradient if gradient is None else gradient, skip or set()
         survey = dense
-        inputs, beside = fits and self.parts.streams, fits and self.parts.fit_on == "mix"
+        inputs, beside = fits and self.parts.streams, fits and self.parts.beside
         dense = dense or self.parts.fit_on == "dense"
         if not beside:  # one stream alone: a survey, or a search on the dense model's activations
             needs = tuple(p for p in needs if p.kind != "paired")
         reads = bool(needs) or inputs
         batches = self.at.batches() if reads else []
+        if inputs:
+            batches = [window for batch in batches for window in batch.split(1)]  # a fit takes a step per window
         if reads and len(batches) < self.at.world.size:
             raise SecateurError(
                 f"{len(batches)} batches of text cannot be split over {self.at.world.size} processes",

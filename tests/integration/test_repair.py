@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
@@ -36,7 +36,7 @@ from secateur.step import Step
 from secateur.workdir import BlockSink
 from whole_toys import cli, make, said, tokens, weights_of, write_model, write_text
 
-REPAIRS = ("least_squares", "mean_bias", "local_reconstruction")
+REPAIRS = ("least_squares", "mean_bias", "local_reconstruction", "block_reconstruction")
 FAMILIES = ("llama", "gpt2", "mixtral")
 CHOICES: dict[str, dict[str, Any]] = {
     "row": {"space": "weight", "score": "wanda", "grain": "row", "keep": 0.5},
@@ -108,6 +108,28 @@ def inputs(model: nn.Module, name: str) -> Tensor:
     return torch.cat(found[name]).double()
 
 
+@torch.no_grad()
+def answers(model: Any, block: int) -> list[Tensor]:
+    """What a block answers, window by window, [length, hidden]."""
+    found: list[Tensor] = []
+    handle = model.model.layers[block].register_forward_hook(lambda m, a, out: found.append(out.squeeze(0)))
+    for window in torch.cat(BATCHES).split(1):
+        model(input_ids=window)
+    handle.remove()
+    return found
+
+
+def relative(answer: Sequence[Tensor], target: Sequence[Tensor]) -> float:
+    """|error|^2 / (|target|^2 + its median), the mean over each window's tokens, and over the windows."""
+    found = []
+    for y, t in zip(answer, target, strict=True):
+        sizes = [float(row @ row) for row in t.double()]
+        middle = sorted(sizes)[(len(sizes) - 1) // 2]
+        off = [float(row @ row) for row in (y - t).double()]
+        found.append(sum(o / (s + middle) for o, s in zip(off, sizes, strict=True)) / len(sizes))
+    return sum(found) / len(found)
+
+
 def solved(x: Tensor, y: Tensor, prior: Tensor, mask: Tensor, damping: float = 0.01) -> Tensor:
     """min |X w - y|^2 + shift |w - prior|^2 on each row's survivors by a general solver; y [tokens, out]."""
     shift = damping * float((x**2).sum(0).mean())
@@ -151,8 +173,8 @@ def test_every_repair_on_every_choice(family: str, repair: str, choice: str) -> 
             assert torch.equal(gone.view(torch.int32), torch.zeros_like(gone).view(torch.int32)), key
     if repair == "least_squares" and words["space"] != "weight":
         assert all(n.split(".")[-2] in ("down_proj", "o_proj", "c_proj", "experts") for n in changed)
-    if repair == "local_reconstruction":
-        assert len(stage.fits) == (6 if words["space"] == "weight" else 3)
+    if repair.endswith("_reconstruction"):
+        assert len(stage.fits) == (6 if words["space"] == "weight" and repair.startswith("local") else 3)
         assert all(f.after <= f.before for f in stage.fits) and any(f.after < 0.95 * f.before for f in stage.fits)
 
 
@@ -169,8 +191,9 @@ def test_experts_are_fitted_and_nothing_else_mends_them(apply: str) -> None:
 
 @pytest.mark.parametrize("family", ["opt", "bert", "falcon", "gemma2"])
 @pytest.mark.parametrize("choice", ["row", "ffn"])
-def test_sub_layers_of_other_shapes_are_fitted(family: str, choice: str) -> None:
-    _, _, stage = carried_out(make(family), {**CHOICES[choice], "repair": "local_reconstruction"})
+@pytest.mark.parametrize("repair", ["local_reconstruction", "block_reconstruction"])
+def test_sub_layers_and_blocks_of_other_shapes_are_fitted(family: str, choice: str, repair: str) -> None:
+    _, _, stage = carried_out(make(family), {**CHOICES[choice], "repair": f"{repair}:products=walk"})
     assert stage.fits and all(f.after < f.before for f in stage.fits)
 
 
@@ -271,8 +294,24 @@ def test_local_reconstruction_reports_what_it_did(fit_on: str) -> None:
         dense = inputs(model, fit.name).float()
         x = dense if fit_on == "dense" else inputs(after, fit.name).float()
         target = model.model.layers[2].mlp(x if fit_on == "pruned" else dense)
-        off = (after.model.layers[2].mlp(x) - target).square().sum() / target.square().sum()
-    assert fit.after == pytest.approx(float(off), rel=1e-3)
+        answer = after.model.layers[2].mlp(x)
+    windows = [v.split(BATCHES[0].shape[1]) for v in (answer, target)]
+    assert fit.after == pytest.approx(relative(*windows), rel=1e-3)
+
+
+@pytest.mark.parametrize("fit_on", ["dense", "pruned", "mix"])
+def test_block_reconstruction_reports_how_far_the_dense_stream_is(fit_on: str) -> None:
+    """The reported errors of every block against the hidden states of two whole models."""
+    model = make("llama")
+    words = {**CHOICES["row"], "repair": "block_reconstruction:passes=2", "fit_on": fit_on}
+    _, tensors, stage = carried_out(model, words)
+    assert [f.name for f in stage.fits] == [f"model.layers.{i}" for i in range(3)]
+    assert all(f.after < f.before for f in stage.fits)
+    for i, fit in enumerate(stage.fits):
+        own = pruned(model, tensors, i + 1)
+        if fit_on == "dense":
+            own.model.layers = nn.ModuleList([*model.model.layers[:i], *own.model.layers[i:]])
+        assert fit.after == pytest.approx(relative(answers(own, i), answers(model, i)), rel=1e-3), fit.name
 
 
 @pytest.mark.parametrize("fit_on", ["dense", "pruned", "mix"])
@@ -390,7 +429,7 @@ def test_a_replayed_plan_is_mended_when_text_is_named(
     assert cli("prune", ground / "model", "-o", tmp_path / "again", *words, *plan, *text, *SMALL) == 0
     notes = said(capsys).get("notes", [])
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "first")
-    assert any("sub-layers were fitted" in note for note in notes) == (name == "joint")
+    assert any("parts were fitted" in note for note in notes) == (name == "joint")
     assert cli("prune", ground / "model", "-o", tmp_path / "bare", *words, *plan, *SMALL) == 0
     assert any("recomputed only when" in note for note in said(capsys)["notes"])
     bare, first = weights_of(tmp_path / "bare"), weights_of(tmp_path / "first")
@@ -416,7 +455,7 @@ def test_a_search_for_a_bound_mends_too(repair: str | None, fit_on: str) -> None
     real = dial.sequential(Decimal("0.5"))
     if repair in ("least_squares", "mean_bias"):
         assert turned != bare.perplexity(Decimal("0.5"))
-    if fit_on == "dense" and repair != "local_reconstruction":  # a fit of sub-layers is made for real only
+    if fit_on == "dense" and not str(repair).endswith("_reconstruction"):  # these fits are made for real only
         assert real == pytest.approx(turned, rel=1e-5)
     dial.restore()
     assert perplexity(dial.model, dial.windows).value == dense

@@ -322,7 +322,7 @@ def test_the_dry_run_knows_what_a_search_reads_and_keeps(
     words: Sequence[object] = ("--space", "weight", "--score", "magnitude", "--sparsity", 0.5, "--budget", SHORT)
     text = ("--text", ground / "text.txt", "--samples", 5, "--length", 10, "--batch-size", 2, "--no-measure")
     command = ("prune", ground / "model", "-o", ground / "dry", *text, *words, "--json")
-    speed = predict_time.Speed(product=1e-6, measured=0.0, vector=0.0, score=0.0, logit=0.0, hashed=0.0)
+    speed = predict_time.Speed(product=1e-6, measured=0.0, vector=0.0, score=0.0, logit=0.0, hashed=0.0, fitted=0.0)
     monkeypatch.setattr(predict_time, "speed_of", lambda run, first: speed)
     assert cli(*command, "--dry-run") == 0
     told = json.loads(capsys.readouterr().out)["dry_run"]

@@ -59,7 +59,7 @@ def test_bytes_of_statistics_are_those_a_walk_gathers(family: str) -> None:
 @pytest.fixture
 def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A command to which a space is added, on a machine that multiplies in 1 ns and does all else in no time."""
-    speed = Speed(product=1e-9, measured=1e-9, vector=0.0, score=0.0, logit=0.0, hashed=0.0)
+    speed = Speed(product=1e-9, measured=1e-9, vector=0.0, score=0.0, logit=0.0, hashed=0.0, fitted=1e-9)
     monkeypatch.setattr(predict_time, "speed_of", lambda run, first: speed)
     monkeypatch.setattr(predict_time, "DISK", float("inf"))
     monkeypatch.setattr(MeasureOptions, "short", classmethod(lambda cls: cls(windows=2, length=16, prompts=())))

@@ -85,6 +85,10 @@ class Stream(Protocol):
         """The dense model's in the same place; the same tensor where only one stream is walked."""
         ...
 
+    def answer(self, batch: int) -> Tensor | None:
+        """What the dense block made of `dense`; None where no dense stream is walked."""
+        ...
+
     def call(self, batch: int) -> Call:
         """How the host calls the block: this batch's masks and positions."""
         ...
@@ -215,6 +219,14 @@ def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16, which then take about half of the time of fp32's."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return any(able.get(word) for word in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 @contextmanager
 def running_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The module's floating point parameters and buffers in ``dtype`` for a while; the originals come back."""
@@ -267,8 +279,9 @@ class _Feed:
                 be computed as it was in the run that finished this one.
         """
         local = any(issubclass(p, LocalGradient) for p in self.how.needs)
-        keep_output = self.how.dense and not last
-        dense_goes_on = self.how.beside and not last
+        looked_at = self.how.inputs and not skip  # what the dense block answers, by `Stream.answer`
+        keep_output = self.how.dense and (not last or looked_at)
+        dense_goes_on = self.how.beside and (not last or looked_at)
         ear = Ear(visit.block, visit.module, self.how.needs)
         visit.evidence, visit.block_evidence = ear.evidence, ear.block_evidence
         if self.how.inputs:
@@ -344,6 +357,10 @@ class _BlockStream:
 
     def dense(self, batch: int) -> Tensor:
         return self.feed.beside[batch].to(self.feed.how.device)
+
+    def answer(self, batch: int) -> Tensor | None:
+        walked = self.feed.how.beside or self.feed.how.dense
+        return self.feed.coming[batch].to(self.feed.how.device) if walked else None
 
     def call(self, batch: int) -> Call:
         return self.feed.call(batch, self.index)

@@ -206,14 +206,14 @@ class MatrixRepair(Repair):
 
 @dataclass
 class Part:
-    """A sub-layer that was pruned, as a repair by its activations sees it.
+    """A sub-layer (or a whole block) that was pruned, as a repair by its activations sees it.
 
     Attributes:
         name: the block's name and the sub-layer's (``model.layers.3.self_attn``).
         weights: the tensors that may change, in place and only where the booleans say that something stays.
         keeps: per tensor, booleans of its shape.
-        examples: how many inputs there are; ``output(i)`` runs the sub-layer on one of them as it is now (with
-            gradients if they are on) and ``target(i)`` is what it should answer, both [batch, length, hidden].
+        examples: how many inputs there are, one window each; ``output(i)`` runs the sub-layer on one of them as it is
+            now (with gradients if they are on) and ``target(i)`` is what it should answer, both [1, length, hidden].
         generator: seeded from the recipe's seed and the name.
     """
 
@@ -227,11 +227,17 @@ class Part:
 
 
 class PartRepair(Repair):
-    """Mends a sub-layer at a time so that it answers as the dense one did."""
+    """Mends a sub-layer at a time so that it answers as the dense one did, or a whole block.
+
+    Attributes:
+        whole: the parts are whole blocks, and should answer as the dense model's do on its own activations.
+    """
+
+    whole: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, part: Part) -> tuple[float, float]:
-        """Change the part's weights in place; returns the mean squared error before and after."""
+        """Change the part's weights in place; returns the error before and after."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Weights are mended where single weights were chosen. Of a space of units, the ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,15 +126,29 @@ def sublayer(block: Block, component: str) -> str:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit of one sub-layer came to: |error|^2 / |target|^2 before and after."""
+    """What a fit of one sub-layer or block came to: its relative squared error before and after."""
 
     name: str
     before: float
     after: float
 
 
+@dataclass(frozen=True)
+class _Examples:
+    """What a part is called with, and what it should answer, window by window."""
+
+    stream: Stream
+    inputs: Callable[[int], Tensor]
+    call: Callable[[int], Call]
+    target: Callable[[int], Tensor]
+    clear: Callable[[], None] = lambda: None
+
+    def output(self, part: nn.Module) -> Callable[[int], Tensor]:
+        return lambda i: self.stream.run(part, self.inputs(i), self.call(i))
+
+
 class Fitter:
-    """Fits a block's sub-layers by their activations. Made before the block is changed: it keeps the dense one.
+    """Fits a block's sub-layers (or the block) by their activations. Made before the block is changed: it keeps it.
 
     Args:
         repair: what fits.
@@ -150,60 +164,77 @@ class Fitter:
         self.teacher = copy.deepcopy(visit.module)
 
     def fit(self, keeps: Mapping[str, Tensor]) -> list[Fitted]:
-        """Fit every sub-layer that has pruned matrices, in the order of the block.
+        """Fit every part that has pruned matrices, in the order of the block.
 
         Args:
             keeps: per pruned tensor, booleans of its shape as it is now.
         """
         block, module = self.visit.block, self.visit.module
         found = []
-        for component in dict.fromkeys(m.component for m in block.matrices):
-            own = [m.tensor for m in block.matrices if m.component == component and m.tensor in keeps]
-            if not own:
-                continue
-            name = sublayer(block, component)
-            inputs, calls, targets = self._examples(name)
-            part, full = (module.get_submodule(name) if name else module), f"{block.name}.{name or component}"
-
-            def output(
-                i: int, part: nn.Module = part, inputs: Activations = inputs, calls: list[Call] = calls
-            ) -> Tensor:
-                return self.stream.run(part, self._moved(inputs[i]), calls[i])
-
-            def target(i: int, targets: Activations = targets) -> Tensor:
-                return self._moved(targets[i])
-
+        for name, own in self._parts(keeps):
+            examples = self._whole() if self.repair.whole else self._sublayer(name)
+            part, full = (module.get_submodule(name) if name else module), f"{block.name}.{name}".rstrip(".")
             weights = {tensor: module.get_parameter(tensor) for tensor in own}
             masks = {tensor: keeps[tensor] for tensor in own}
-            problem = Part(full, weights, masks, len(calls), output, target, seeded(self.seed, full))
+            problem = Part(
+                full, weights, masks, len(self.stream), examples.output(part), examples.target, seeded(self.seed, full)
+            )
             try:
                 found.append(Fitted(full, *self.repair.fit(problem)))
             finally:
-                inputs.clear()
-                targets.clear()
+                examples.clear()
         return found
 
-    def _moved(self, x: Tensor) -> Tensor:
-        return x.to(next(self.visit.module.parameters()).device)
+    def _parts(self, keeps: Mapping[str, Tensor]) -> list[tuple[str, list[str]]]:
+        """The modules to fit, in order ("" is the block), and the pruned tensors of each."""
+        block, parts = self.visit.block, list[tuple[str, list[str]]]()
+        if self.repair.whole:
+            own = [m.tensor for m in block.matrices if m.tensor in keeps]
+            return [("", own)] if own else []
+        for component in dict.fromkeys(m.component for m in block.matrices):
+            own = [m.tensor for m in block.matrices if m.component == component and m.tensor in keeps]
+            if own:
+                parts.append((sublayer(block, component), own))
+        return parts
+
+    def _whole(self) -> _Examples:
+        """The block's own inputs, and what the dense model has behind it."""
+        stream = self.stream
+
+        @torch.no_grad()
+        def target(i: int) -> Tensor:
+            answer = stream.answer(i)
+            return stream.run(self.teacher, stream.inputs(i), stream.call(i)) if answer is None else answer
+
+        return _Examples(stream, stream.inputs, stream.call, target)
 
     @torch.no_grad()
-    def _examples(self, name: str) -> tuple[Activations, list[Call], Activations]:
-        """What the sub-layer reads (and how it is called), and what it should answer, batch by batch."""
-        spill = self.stream.spill and self.stream.spill / "parts"
+    def _sublayer(self, name: str) -> _Examples:
+        """What the sub-layer reads (and how it is called), and what it should answer, window by window."""
+        stream = self.stream
+        spill = stream.spill and stream.spill / "parts"
         inputs, targets = Activations(spill and spill / "in"), Activations(spill and spill / "out")
         calls = []
         source = self.teacher if self.on_dense else self.visit.module
         teacher = self.teacher.get_submodule(name) if name else self.teacher
-        for b in range(len(self.stream)):
-            x, call = self.stream.inputs(b), self.stream.call(b)
-            d = self.stream.dense(b)
+        for b in range(len(stream)):
+            x, call = stream.inputs(b), stream.call(b)
+            d = stream.dense(b)
             heard, how = self._heard(source, name, x, call)
             inputs.append(heard)
             calls.append(how)
             if d is not x and not torch.equal(d, x):
                 heard, how = self._heard(self.teacher, name, d, call)
-            targets.append(self.stream.run(teacher, heard, how).float())
-        return inputs, calls, targets
+            targets.append(stream.run(teacher, heard, how).float())
+
+        def held(i: int, where: Activations) -> Tensor:
+            return where[i].to(next(self.visit.module.parameters()).device)
+
+        def clear() -> None:
+            inputs.clear()
+            targets.clear()
+
+        return _Examples(stream, lambda i: held(i, inputs), calls.__getitem__, lambda i: held(i, targets), clear)
 
     def _heard(self, module: nn.Module, name: str, x: Tensor, call: Call) -> tuple[Tensor, Call]:
         """The hidden states that a sub-layer is called with when the block is run on x, and the rest of the call."""

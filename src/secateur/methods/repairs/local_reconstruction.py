@@ -1,14 +1,16 @@
 """Local reconstruction: the survivors of one sub-layer are fitted by gradient to what the dense one answered.
 
-    minimise over the kept weights    mean |f(x; W') - f(x; W)|^2        f a whole attention or a whole FFN
+    minimise over the kept weights    mean over tokens of  |f(x; W') - f(x; W)|^2 / (|f(x; W)|^2 + median)
+    f a whole attention or a whole FFN, the median that of |f(x; W)|^2 in the window
 
-on calibration text, without labels, by Adam with a cosine decay; the step length of each matrix is a share of its
-survivors' root mean square. Zeros stay zero. Attention first, then the FFN on what the mended attention gives it. An
-attention or FFN that has no module of its own (OPT's FFN) is fitted through its whole layer.
+on calibration text, without labels, by Adam, a step per window, with a cosine decay; the step length of each matrix is
+a share of its survivors' root mean square. Zeros stay zero. Attention first, then the FFN on what the mended attention
+gives it. An attention or FFN that has no module of its own (OPT's FFN) is fitted through its whole layer.
 
 Source: arXiv 2510.14444 (local reconstruction of attention and MLP separately is where retraining after pruning is
-cheapest for its quality). Deviations: steps are bounded, one for every batch of a pass, and the result is kept only if
-the error over all calibration text fell.
+cheapest for its quality). Deviations: steps are bounded, one for every window of a pass; errors are relative to each
+token's answer, so that a few tokens with huge activations do not decide alone; products may be taken in bf16; the
+result is kept only if the error over up to eight windows of the text fell.
 """
 
 from __future__ import annotations
@@ -18,9 +20,14 @@ from math import cos, pi
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from secateur.engine.walk import multiplies_bf16, products_in
 from secateur.errors import SecateurError
 from secateur.methods.base import Part, PartRepair
+
+WITNESSES = 8  # windows that the error is measured on, before and after
+PRODUCTS = ("auto", "bf16", "walk")
 
 
 @dataclass(frozen=True)
@@ -28,22 +35,32 @@ class LocalReconstruction(PartRepair):
     """Adam on the survivors of each attention and each FFN, towards the dense one's outputs.
 
     Attributes:
-        passes: over the calibration text; each costs about three forward passes of the layers.
+        passes: over the calibration text; each costs about three forward passes of the layers (half in bf16).
         rate: length of Adam's first steps, as a share of the root mean square of a matrix's survivors.
+        products: precision of the matrix products while fitting: ``bf16``, ``walk`` (that of the forward passes,
+            ``--dtype``) or ``auto``, which is bf16 where the device has instructions for it; sums stay fp32.
     """
 
     spaces = ("weight", "ffn", "kv_group", "head", "expert")
     passes: int = 4
-    rate: float = 0.01
+    rate: float = 0.02
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.passes, bool) or not isinstance(self.passes, int) or not 1 <= self.passes <= 1000:
             raise SecateurError("passes is not a count from 1 to 1000", received=self.passes, works="passes=4")
         if not 0 < self.rate <= 1:
-            raise SecateurError("rate is not a share of (0, 1]", received=self.rate, works="rate=0.01")
+            raise SecateurError("rate is not a share of (0, 1]", received=self.rate, works="rate=0.02")
+        if self.products not in PRODUCTS:
+            raise SecateurError("unknown products", received=self.products, works=", ".join(PRODUCTS))
+
+    def dtype(self, device: torch.device) -> torch.dtype | None:
+        """Precision of the products while fitting; None is that of the walk."""
+        narrow = self.products == "bf16" or (self.products == "auto" and multiplies_bf16(device))
+        return torch.bfloat16 if narrow else None
 
     def fit(self, part: Part) -> tuple[float, float]:
-        """Change the part's weights in place; returns |error|^2 / |target|^2 before and after."""
+        """Change the part's weights in place; returns the mean of `relative` over the witnesses before and after."""
         before = error(part)
         kept = {name: w.detach().clone() for name, w in part.weights.items()}
         self._descend(part)
@@ -66,6 +83,8 @@ class LocalReconstruction(PartRepair):
             masks.append(mask)
         steps, done = self.passes * part.examples, 0
         adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        device = next(iter(part.weights.values())).device
+        dtype = self.dtype(device) or torch.float32
         for w in part.weights.values():
             w.requires_grad_(True)
         try:
@@ -75,9 +94,9 @@ class LocalReconstruction(PartRepair):
                         group["lr"] = first * 0.5 * (1 + cos(pi * done / steps))
                     adam.zero_grad(set_to_none=True)
                     with torch.enable_grad():
-                        target = part.target(i)
-                        loss = (part.output(i).float() - target).square().sum() / target.square().sum().clamp_min(1e-30)
-                        loss.backward()
+                        with products_in(dtype, device):
+                            answer = part.output(i)
+                        relative(answer, part.target(i)).backward()
                     for w, mask in zip(part.weights.values(), masks, strict=True):
                         if w.grad is not None:
                             w.grad.mul_(mask)  # what was removed has no slope, so Adam leaves it at +0.0
@@ -89,12 +108,15 @@ class LocalReconstruction(PartRepair):
                 w.grad = None
 
 
+def relative(answer: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of |answer - target|^2 / (|target|^2 + its median over the tokens); both [..., hidden]."""
+    size = target.float().square().sum(-1)
+    off = (answer.float() - target).square().sum(-1)
+    return (off / (size + size.median()).clamp_min(1e-30)).mean()
+
+
 @torch.no_grad()
 def error(part: Part) -> float:
-    """|error|^2 / |target|^2 over all examples."""
-    off = size = 0.0
-    for i in range(part.examples):
-        target = part.target(i)
-        off += float((part.output(i).float() - target).double().square().sum())
-        size += float(target.double().square().sum())
-    return off / size if size else off
+    """The mean of `relative` over at most `WITNESSES` examples, evenly spaced."""
+    chosen = range(0, part.examples, -(-part.examples // WITNESSES))
+    return sum(float(relative(part.output(i), part.target(i))) for i in chosen) / len(chosen)
