@@ -1,13 +1,14 @@
 """Every way to prune weights without training, at 50, 60, 70 % and 2:4: quality, time and memory, a process per row.
 
     .venv/bin/python benchmarks/methods.py --calibration c4.jsonl --test wikitext2-test.txt --choices piqa-dev.jsonl \\
-        --out methods.json [--rows 'alps 60%' 'wanda 60% budget=owl' 'sparsegpt 2:4 bf16'] [--seed 1]
+        --out methods.json [--rows 'alps 60%' 'wanda 60% budget=owl' 'sparsegpt 2:4 bf16 seed=1']
 
 Protocol: 64 x 1,024 calibration tokens (documents joined by EOS, random offsets, seed 0), perplexity on the first 64
 windows of 1,024 tokens in bf16, KL divergence to the dense model (nats per token) on the first 16, the first 500
 items of the choices file by length-normalised likelihood. The unit of time, fwd, is one dense fp32 pass of the
 decoder blocks over the calibration text (CPU seconds): an eighth of one is timed before and after the pruning, in
-the same process. Peak memory is that of pruning alone. Rows that are in the file already are left as they are.
+the same process. Peak memory is that of pruning alone. Rows that are in the file already are left as they are. With
+fewer ``--samples`` and ``--windows`` it is a quick look (`benchmarks/ablation.sh`), comparable with itself only.
 """
 
 from __future__ import annotations
@@ -62,18 +63,21 @@ ORDER = ("magnitude", "wanda", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot",
 KL_WINDOWS, ITEMS = 16, 500
 
 
-def words_of(row: str) -> tuple[dict[str, Any], str]:
-    """The step's words and the dtype of the forward passes: ``WAY LEVEL [word=value ...] [bf16]``."""
+def words_of(row: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """``WAY LEVEL [word=value ...] [seed=N] [text=SOURCE] [bf16]`` as the step's words and, apart, what it runs under:
+    seed, text, and the dtype of the forward passes."""
     way, level, *more = row.split()
     words = {**WAYS[way], **LEVELS[level]}
-    dtype = "fp32"
+    under = {"dtype": "fp32"}
     for word in more:
+        key, _, value = word.partition("=")
         if word == "bf16":
-            dtype = word
+            under["dtype"] = word
+        elif key in ("seed", "text"):
+            under[key] = value
         else:
-            key, _, value = word.partition("=")
             words[key] = value
-    return words, dtype
+    return words, under
 
 
 def one(args: argparse.Namespace, row: str) -> dict[str, Any]:
@@ -81,13 +85,12 @@ def one(args: argparse.Namespace, row: str) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     origin = resolve(args.model)
     tokenizer, store = read_tokenizer(origin), Store.open(origin)
-    text = calibration(TextSource(args.calibration, 64, 1024, args.seed), tokenizer)
-    test = test_windows(pack(tokenizer, documents(args.test, "test")), 64, 1024)
-    words, dtype = words_of(row)
+    words, under = words_of(row)
+    seed, dtype = int(under.get("seed", args.seed)), under["dtype"]
+    text = calibration(TextSource(under.get("text", args.calibration), args.samples, 1024, seed), tokenizer)
+    test = test_windows(pack(tokenizer, documents(args.test, "test")), args.windows, 1024)
     batches = batches_of(text, args.batch_size)
-    at = Conditions(
-        batches=lambda: batches, seed=args.seed, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    )
+    at = Conditions(batches=lambda: batches, seed=seed, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     dial = Dial(store, Step(space="weight", score="magnitude", keep="1.0"), 0, at, test)
     dial.dense.clear()  # nothing is restored here
     some = batches[: max(1, len(batches) // 8)]
@@ -133,6 +136,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4, help="windows per forward pass")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=64, help="test windows")
     parser.add_argument("--rows", nargs="*", help="rows such as 'alps 60%%'; all by default")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -141,7 +146,8 @@ def main() -> None:
         return
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": {}}
     at = {"cpu": cpu_name(), "torch": torch.__version__, "batch": args.batch_size}
-    found["conditions"] = at | {"seed": args.seed, "calibration": Path(args.calibration).name}
+    text = {"samples": args.samples, "windows": args.windows, "calibration": Path(args.calibration).name}
+    found["conditions"] = at | {"seed": args.seed} | text
     for row in args.rows or [f"{way} {level}" for way in ORDER for level in LEVELS]:
         if row in found["rows"]:
             continue

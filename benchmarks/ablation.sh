@@ -1,0 +1,32 @@
+#!/bin/sh
+# What choice, repair and allocation bring, and what seed and text of the calibration change: SmolLM2 at 60 %, a quarter
+# of the protocol (16 x 1,024 calibration tokens, 16 test windows, bf16 forwards). Rows that OUT has already are left.
+#
+#     [THREADS=2] sh benchmarks/ablation.sh C4.jsonl WIKITEXT.txt [OUT]
+set -eu
+cd "$(dirname "$0")/.."
+calibration=$1 test=$2 out=${3:-benchmarks/results}
+run() {
+    file=$1
+    shift
+    "${PYTHON:-.venv/bin/python}" benchmarks/methods.py --calibration "$calibration" --test "$test" --samples 16 \
+        --windows 16 --threads "${THREADS:-2}" --out "$out/$file" --rows "$@"
+}
+set --
+for way in alps wanda sparsegpt; do
+    for budget in uniform atp owl; do
+        for repair in "" " repair=least_squares" " repair=block_reconstruction"; do
+            set -- "$@" "$way 60% budget=$budget$repair bf16"
+        done
+    done
+done
+run ablation.json "$@"
+set --
+for way in "alps 60% budget=atp" "sparsegpt 60%" "wanda 60%"; do
+    for text in "" " text=builtin"; do
+        for seed in 0 1 2; do
+            set -- "$@" "$way$text seed=$seed bf16"
+        done
+    done
+done
+run sensitivity.json "$@"
