@@ -24,7 +24,7 @@ from secateur.measure.types import Measurement
 from secateur.methods.base import SiteInfo
 from secateur.methods.composed import Composed
 from secateur.parts import Parts
-from secateur.predict import Forecast
+from secateur.predict.forecast import Forecast
 from secateur.recipe import Recipe
 from secateur.report.model import Prediction as Predicted
 from secateur.report.model import Provenance, SiteRecord, StepRecord

@@ -214,3 +214,8 @@ def _imported(name: str, kind: Any, word: str, table: Mapping[str, Any]) -> Any:
             f"{word} is not a {' or '.join(k.__name__ for k in kinds)}", received=name, works="subclass it"
         )
     return cls
+
+
+def needs_text(parts: Parts, step: Step) -> bool:
+    """Whether carrying a step out reads calibration text."""
+    return parts.reads or step.at_most_worse is not None or parts.budget.searches

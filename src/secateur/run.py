@@ -32,8 +32,8 @@ from secateur.engine.text import pack as packed_text
 from secateur.engine.walk import batches_of
 from secateur.engine.write import StepWriter, check_out, publish, writing
 from secateur.errors import SecateurError
-from secateur.evolving import check as check_search
-from secateur.evolving import searched
+from secateur.evopress.evolving import check as check_search
+from secateur.evopress.evolving import searched
 from secateur.goals import settled
 from secateur.inspection import inspection
 from secateur.measure.compare import measure as measure_subjects
@@ -43,8 +43,8 @@ from secateur.measure.types import Comparison, Measurement
 from secateur.packing import pack as pack
 from secateur.packing import packed_in_place
 from secateur.packing import unpack as unpack
-from secateur.parts import parts_of
-from secateur.predict import predict
+from secateur.parts import needs_text, parts_of
+from secateur.predict.forecast import predict
 from secateur.prepared import fits_said, prepared
 from secateur.printing import measured
 from secateur.progress import Progress, Silent
@@ -56,7 +56,7 @@ from secateur.report.files import redraw
 from secateur.report.model import Report, StepRecord
 from secateur.speed import bench as bench
 from secateur.speed import run as run
-from secateur.stage import Conditions, Stage, check_space, needs_text
+from secateur.stage import Conditions, Stage, check_space
 from secateur.step import Step
 from secateur.workdir import BlockSink, finished, opened, remove
 

@@ -395,8 +395,3 @@ def check_space(anatomy: Anatomy, space: str) -> None:
             received=f"--space {space}",
             works=f"{', '.join(anatomy.spaces())} can",
         )
-
-
-def needs_text(parts: Parts, step: Step) -> bool:
-    """Whether carrying a step out reads calibration text."""
-    return parts.reads or step.at_most_worse is not None or parts.budget.searches

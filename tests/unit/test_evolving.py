@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur import predict_time
-from secateur.answers import Answers
 from secateur.engine.headers import read_header
 from secateur.engine.plan import Plan
 from secateur.engine.store import Store
 from secateur.errors import SecateurError
-from secateur.evolving import check, searched
-from secateur.levels import Layers, LevelFiles, Switchboard, as_mask, sites_of
+from secateur.evopress.answers import Answers
+from secateur.evopress.evolving import check, searched
+from secateur.evopress.levels import Layers, LevelFiles, Switchboard, as_mask, sites_of
 from secateur.parts import parts_of
+from secateur.predict import time as predict_time
 from secateur.report.model import Report
 from secateur.stage import Conditions, Stage
 from secateur.step import Step

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from secateur import predict_time
 from secateur.anatomy import anatomy_of
 from secateur.cliff import FINEST, LENGTH, LEVELS, WINDOWS
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.probes import Gram, InputNorm, PositionSquares
 from secateur.engine.walk import WalkSettings, batches_of, walk
 from secateur.measure.options import MeasureOptions
-from secateur.predict_memory import statistics
-from secateur.predict_time import CALL, OVERHEAD, TRIED, Speed
+from secateur.predict import time as predict_time
+from secateur.predict.memory import statistics
+from secateur.predict.time import CALL, OVERHEAD, TRIED, Speed
 from whole_toys import cli, make, said, tokens, write_model, write_text
 
 SMALL = ["--samples", 4, "--length", 10, "--batch-size", 2, "--dry-run", "--json"]

@@ -14,8 +14,8 @@ from secateur.engine.probes import CrossGram, DenseMean, Evidence, Gram, InputMo
 from secateur.methods.base import Keep, MatrixRepair, MatrixSite
 from secateur.methods.fitting import fitted
 from secateur.parts import Parts, parts_of
-from secateur.predict_memory import share_of
-from secateur.predict_methods import Group, Work, deciding_bytes, method_work, refit_work
+from secateur.predict.memory import share_of
+from secateur.predict.methods import Group, Work, deciding_bytes, method_work, refit_work
 from secateur.step import Step
 
 ROWS, COLUMNS = (160, 96), 192

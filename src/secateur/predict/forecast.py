@@ -19,9 +19,9 @@ from secateur.goals import settled
 from secateur.measure.size import size
 from secateur.packing import packed_bytes
 from secateur.parts import parts_of
-from secateur.predict_memory import ram
-from secateur.predict_search import disk, searching
-from secateur.predict_time import durations
+from secateur.predict.memory import ram
+from secateur.predict.search import disk, searching
+from secateur.predict.time import durations
 from secateur.stage import Stage
 
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.answers import Answers, note_answers
 from secateur.engine.distribute import World
 from secateur.engine.headers import read_json
 from secateur.engine.plan import Plan
 from secateur.engine.write import write_json
 from secateur.errors import SecateurError
-from secateur.levels import Layers, LevelFiles, Site, Switchboard, as_mask, sites_of
+from secateur.evopress.answers import Answers, note_answers
+from secateur.evopress.levels import Layers, LevelFiles, Site, Switchboard, as_mask, sites_of
 from secateur.methods.base import Amount, Budget, SiteInfo
 from secateur.methods.budgets.evopress import EvoPress
 from secateur.methods.budgets.protected import Protected

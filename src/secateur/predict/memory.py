@@ -16,8 +16,8 @@ from secateur.methods.mending import read_matrices
 from secateur.methods.repairs.least_squares import LeastSquares
 from secateur.methods.sites import block_matrices
 from secateur.parts import parts_of
-from secateur.predict_methods import Group, deciding_bytes, mending_bytes
-from secateur.predict_search import memory
+from secateur.predict.methods import Group, deciding_bytes, mending_bytes
+from secateur.predict.search import memory
 from secateur.stage import Stage
 from secateur.step import Step
 

@@ -27,9 +27,9 @@ from secateur.methods.repairs.least_squares import LeastSquares
 from secateur.methods.repairs.local_reconstruction import WITNESSES, LocalReconstruction
 from secateur.methods.sites import block_matrices
 from secateur.parts import Parts, parts_of
-from secateur.predict_memory import head_macs, inputs, pruned, share_of, vocabulary
-from secateur.predict_methods import Work, aim_work, method_work, repair_work
-from secateur.predict_search import passes, searching
+from secateur.predict.memory import head_macs, inputs, pruned, share_of, vocabulary
+from secateur.predict.methods import Work, aim_work, method_work, repair_work
+from secateur.predict.search import passes, searching
 from secateur.stage import Stage
 from secateur.step import Step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from secateur.evolving import options_of
+from secateur.evopress.evolving import options_of
 from secateur.measure.passes import LOGIT_BYTES
 from secateur.methods.base import MatrixRepair
 from secateur.methods.budgets.evopress import EvoPress
