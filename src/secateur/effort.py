@@ -14,17 +14,14 @@ from secateur.errors import SecateurError, unknown
 Words = Mapping[str, str]
 
 # Where every site may keep its own count, and for n:m, which leaves nothing to allocate.
+_FAST: Words = {"method": "alps"}
+_BALANCED: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=4"}
+_BEST: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=8"}
 CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
     {
-        "fast": ({"method": "alps", "budget": "atp"}, {"method": "alps"}),
-        "balanced": (
-            {"method": "alps", "budget": "atp", "repair": "block_reconstruction:passes=4"},
-            {"method": "alps", "repair": "block_reconstruction:passes=4"},
-        ),
-        "best": (
-            {"method": "alps", "budget": "atp", "repair": "block_reconstruction:passes=12"},
-            {"method": "alps", "repair": "block_reconstruction:passes=12"},
-        ),
+        "fast": ({**_FAST, "budget": "atp"}, _FAST),
+        "balanced": ({**_BALANCED, "budget": "atp"}, _BALANCED),
+        "best": ({**_BEST, "budget": "atp"}, _BEST),
     }
 )
 PASSES: Mapping[str, int] = MappingProxyType({"fast": 4, "balanced": 12, "best": 40})

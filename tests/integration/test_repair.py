@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import secateur
 from secateur.anatomy import anatomy_of
 from secateur.cliff import Dial
+from secateur.effort import CHAINS
 from secateur.engine.distribute import World
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.host.origin import resolve
@@ -459,3 +460,19 @@ def test_a_search_for_a_bound_mends_too(repair: str | None, fit_on: str) -> None
         assert real == pytest.approx(turned, rel=1e-5)
     dial.restore()
     assert perplexity(dial.model, dial.windows).value == dense
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("grain", ["matrix", "2:4"])
+def test_an_effort_is_carried_out_and_the_report_says_which_chain(
+    ground: Path, tmp_path: Path, effort: str, grain: str
+) -> None:
+    """What an effort writes is what its words written out write."""
+    common = ["--space", "weight", "--keep", 0.5, "--grain", grain, "--text", ground / "text.txt", *SMALL]
+    assert cli("prune", ground / "model", "-o", tmp_path / "effort", "--effort", effort, *common) == 0
+    chain = CHAINS[effort][grain == "2:4"]
+    words = [text for word, value in chain.items() for text in ("--" + word.replace("_", "-"), value)]
+    assert cli("prune", ground / "model", "-o", tmp_path / "words", *words, *common) == 0
+    assert weights_of(tmp_path / "effort") == weights_of(tmp_path / "words")
+    told = json.loads((tmp_path / "effort/report.json").read_text())["steps"][0]["chain"]
+    assert {word: told[{"fit_on": "fitted on"}.get(word, word)] for word in chain} == chain
