@@ -55,6 +55,7 @@ lint: setup
 
 docs: setup
 	$(BIN)/python benchmarks/methods_table.py
+	$(BIN)/python benchmarks/weights_table.py
 	$(BIN)/python benchmarks/architectures.py
 
 # Each of these can be run alone (make bench-weights ...). A table that is half done goes on where it stopped.

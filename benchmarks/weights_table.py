@@ -1,0 +1,182 @@
+"""Write docs/weights.md, the tables of what is known about pruning weights without training, from benchmarks/results.
+
+python benchmarks/weights_table.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.effort import CHAINS
+
+HERE = Path(__file__).resolve().parent
+TARGET = HERE.parent / "docs" / "weights.md"
+LEVELS = ("50%", "60%", "70%", "2:4")
+NAMES = {
+    "magnitude": "magnitude, whole matrix", "wanda": "Wanda", "ria": "RIA", "wanda+ls": "Wanda, then least squares",
+    "sparsegpt": "SparseGPT", "sparsegpt+ls": "SparseGPT, then least squares", "dsnot": "DSnoT", "admm": "ADMM",
+    "obs": "exact sets (OBS)", "swaps+ls": "Wanda, swaps, then least squares", "alps": "ALPS",
+}  # fmt: skip
+REPAIRS = {
+    "least_squares": "least squares", "local_reconstruction": "local reconstruction",
+    "block_reconstruction": "block reconstruction",
+}  # fmt: skip
+HEAD = """# Weights without training, measured
+
+<!-- Written by benchmarks/weights_table.py from benchmarks/results; do not edit. -->
+
+SmolLM2-135M-Instruct, the decoder's 106 M weights. Calibrated on 64 x 1,024 tokens of C4 (seed 0); perplexity on
+WikiText-2 (64 windows of 1,024 tokens, bf16; dense 25.18), below it KL divergence to the dense model (nats per token,
+16 windows) and PIQA (500 items; dense 0.664) where they were measured. Time in *fwd*: one dense fp32 pass of the
+decoder over the calibration text in the same process, CPU seconds. Memory is the peak of pruning. Counts are exact. A
+dash was not run. Reproduce with `make bench-methods` and `make bench-weights`; generated text stands beside every
+number in `benchmarks/results`.
+"""
+SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense
+22.8, bf16 forwards), so comparable with each other only: `sh benchmarks/ablation.sh`."""
+TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
+(Python's help topics):"""
+
+
+def read(name: str) -> dict[str, Any]:
+    path = HERE / "results" / name
+    return json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+
+
+def cells(*row: str) -> str:
+    return "| " + " | ".join(row) + " |"
+
+
+def head(*titles: str) -> list[str]:
+    return [cells(*titles), cells(*["---"] * len(titles))]
+
+
+def apart(row: str) -> tuple[str, str]:
+    """A row's level, and everything else."""
+    way, level, *more = row.split()
+    return level, " ".join([way, *more])
+
+
+def said(key: str) -> str:
+    """A way to prune in words."""
+    way, *more = key.split()
+    words = dict(m.partition("=")[::2] for m in more)
+    parts = [NAMES[way]]
+    if words.pop("fit_on", "") == "mix":
+        parts[0] += " aiming at the dense stream"
+    if (budget := words.pop("budget", "uniform")) != "uniform":
+        parts.append(f"budget `{budget}`")
+    if repair := words.pop("repair", ""):
+        name, _, options = repair.partition(":")
+        parts.append(f"then {REPAIRS[name]}" + (f" ({options.replace('=', ' ')})" if options else ""))
+    parts += [word + (f" {value}" if value else "") for word, value in words.items()]
+    return ", ".join(parts) + effort(key)
+
+
+def effort(key: str) -> str:
+    """The effort whose chain this is."""
+    way, *more = key.split()
+    words = {"method": way, **dict(m.partition("=")[::2] for m in more)}
+    names = [
+        f" (`--effort {name}`{' for n:m' if words == fixed else ''})"
+        for name, (free, fixed) in CHAINS.items()
+        if words in (free, fixed)
+    ]
+    return names[0] if names else ""
+
+
+def grid(rows: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows by way and level."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        level, key = apart(name)
+        found.setdefault(key, {})[level] = row
+    return found
+
+
+def spread(values: Iterable[float], digits: int = 1) -> str:
+    told = sorted(f"{v:.{digits}f}" for v in values)
+    told = sorted(set(told), key=float)
+    return told[0] if len(told) == 1 else f"{told[0]} to {told[-1]}"
+
+
+def cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    more = [f"{row['kl']:.2f}"] if "kl" in row else []
+    more += [f"{row['accuracy']:.3f}"] if "accuracy" in row else []
+    return f"{row['perplexity']:.1f}" + (f"<br>{', '.join(more)}" if more else "")
+
+
+def everything() -> dict[str, dict[str, Any]]:
+    """Every way on the full protocol; rows of the three basic methods come from `weights.py`, without KL and PIQA."""
+    basic = read("weights.json")
+    unit = statistics.median(p["cpu"] for p in basic["passes"])
+    rows = {k: r | {"fwd": r["cpu"] / unit} for k, r in basic["rows"].items() if k != "dense" and "bf16" not in k}
+    return grid(rows | read("methods.json")["rows"])
+
+
+def table() -> list[str]:
+    out = head("method", *LEVELS, "fwd", "peak GB")
+    ways = everything()
+    for key in sorted(ways, key=lambda k: (list(NAMES).index(k.split()[0]), len(k))):
+        own = ways[key]
+        fwd, peak = spread(r["fwd"] for r in own.values()), spread(r["peak_rss"] / 1e9 for r in own.values())
+        out.append(cells(said(key), *(cell(own.get(level)) for level in LEVELS), fwd, peak))
+    out += ["", "Others on the same work, on another machine:", ""]
+    out += head("implementation", *LEVELS, "fwd")
+    for name, row in read("elsewhere.json")["rows"].items():
+        out.append(cells(name, *(f"{row[level]:.1f}" if level in row else "–" for level in LEVELS), row["fwd"]))
+    return out
+
+
+def ablation() -> list[str]:
+    rows = read("ablation.json")["rows"]
+    by: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, row in rows.items():
+        way, _, *more = name.split()
+        words = dict(m.partition("=")[::2] for m in more)
+        by.setdefault((way, words["budget"]), {})[words.get("repair", "")] = row
+    repairs = ("", "least_squares", "block_reconstruction")
+    out = head("choice", "budget", "no repair", *(REPAIRS[r] for r in repairs[1:]))
+    for (way, budget), own in by.items():
+        told = [f"{own[r]['perplexity']:.1f}, {own[r]['kl']:.2f}" if r in own else "–" for r in repairs]
+        out.append(cells(NAMES[way], f"`{budget}`", *told))
+    return out
+
+
+def sensitivity() -> list[str]:
+    by: dict[str, dict[str, list[float]]] = {}
+    for name, row in read("sensitivity.json")["rows"].items():
+        kept = [w for w in name.split() if w != "bf16" and not w.startswith(("seed=", "text="))]
+        text = "builtin" if "text=builtin" in name else "C4"
+        by.setdefault(" ".join(kept), {}).setdefault(text, []).append(row["perplexity"])
+    out = head("method, 60 %", "C4, three seeds", "builtin, three seeds")
+    for name, texts in by.items():
+        told = [", ".join(f"{v:.1f}" for v in texts.get(t, ())) or "–" for t in ("C4", "builtin")]
+        out.append(cells(said(apart(name)[1]), *told))
+    return out
+
+
+def section(title: str, text: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *text.splitlines(), "", *lines] if len(lines) > 2 else []
+
+
+def page() -> str:
+    out = [HEAD.rstrip(), "", *table()]
+    out += section("What choice, allocation and repair bring", SMALL, ablation())
+    out += section("Seeds and texts", TEXTS, sensitivity())
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    TARGET.write_text(page(), encoding="utf-8")
+    print(TARGET)
+
+
+if __name__ == "__main__":
+    main()
