@@ -1,4 +1,4 @@
-"""Generated pages say what their sources say: docs/methods.md the docstrings, docs/weights.md the benchmarks' results."""
+"""Generated pages say what their sources say: docs/methods.md the docstrings, docs/weights.md the results."""
 
 from __future__ import annotations
 
