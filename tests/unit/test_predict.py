@@ -91,6 +91,20 @@ def test_seconds_of_every_phase(ground: list[Any], capsys: pytest.CaptureFixture
     assert phases["measurement"] == pytest.approx(measured, abs=1e-3)
 
 
+@pytest.mark.parametrize(("repair", "noted"), [("local_reconstruction", 3), ("block_reconstruction", 1)])
+def test_a_fit_by_gradient_takes_its_passes(
+    ground: list[Any], capsys: pytest.CaptureFixture[str], repair: str, noted: int
+) -> None:
+    """Three forward passes' work each, two looks at the error, and the inputs and targets or the dense stream."""
+    words, seconds = ["--space", "weight", "--score", "wanda", "--keep", "0.5", "--no-measure"], []
+    for more in ([], ["--repair", f"{repair}:passes=2"], ["--repair", f"{repair}:passes=5"]):
+        assert cli(*ground, *words, *more) == 0
+        seconds.append(said(capsys)["dry_run"]["phases"]["step 1"])
+    once = ns(TOKENS * LAYERS * (BLOCK + ATTENTION * 10))
+    assert seconds[1] - seconds[0] == pytest.approx((noted + 2 + 2 * 3) * once, abs=1e-3)
+    assert seconds[2] - seconds[1] == pytest.approx(3 * 3 * once, abs=1e-3)
+
+
 def test_a_search_and_what_is_not_asked_for(ground: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--space", "ffn", "--score", "wanda", "--no-measure"]
     assert cli(*ground, *words, "--at-most-worse", "5%") == 0
