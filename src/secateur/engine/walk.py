@@ -85,8 +85,8 @@ class Stream(Protocol):
         """The dense model's in the same place; the same tensor where only one stream is walked."""
         ...
 
-    def answer(self, batch: int) -> Tensor | None:
-        """What the dense block made of `dense`; None where no dense stream is walked."""
+    def answer(self, batch: int) -> Tensor:
+        """What the dense block made of `dense`, where a dense stream is walked."""
         ...
 
     def call(self, batch: int) -> Call:
@@ -358,9 +358,9 @@ class _BlockStream:
     def dense(self, batch: int) -> Tensor:
         return self.feed.beside[batch].to(self.feed.how.device)
 
-    def answer(self, batch: int) -> Tensor | None:
-        walked = self.feed.how.beside or self.feed.how.dense
-        return self.feed.coming[batch].to(self.feed.how.device) if walked else None
+    def answer(self, batch: int) -> Tensor:
+        assert self.feed.how.beside or self.feed.how.dense, "no dense stream is walked"
+        return self.feed.coming[batch].to(self.feed.how.device)
 
     def call(self, batch: int) -> Call:
         return self.feed.call(batch, self.index)

@@ -148,7 +148,7 @@ class _Examples:
 
 
 class Fitter:
-    """Fits a block's sub-layers (or the block) by their activations. Made before the block is changed: it keeps it.
+    """Fits a block's sub-layers, or the block, by their activations. Made before the block is changed.
 
     Args:
         repair: what fits.
@@ -161,7 +161,9 @@ class Fitter:
         assert visit.stream is not None, "this repair needs a walk that keeps inputs"
         self.repair, self.visit, self.on_dense, self.seed = repair, visit, dense, seed
         self.stream: Stream = visit.stream
-        self.teacher = copy.deepcopy(visit.module)
+        self.teacher = (
+            visit.module if repair.whole else copy.deepcopy(visit.module)
+        )  # whole ones were heard by the walk
 
     def fit(self, keeps: Mapping[str, Tensor]) -> list[Fitted]:
         """Fit every part that has pruned matrices, in the order of the block.
@@ -199,14 +201,7 @@ class Fitter:
 
     def _whole(self) -> _Examples:
         """The block's own inputs, and what the dense model has behind it."""
-        stream = self.stream
-
-        @torch.no_grad()
-        def target(i: int) -> Tensor:
-            answer = stream.answer(i)
-            return stream.run(self.teacher, stream.inputs(i), stream.call(i)) if answer is None else answer
-
-        return _Examples(stream, stream.inputs, stream.call, target)
+        return _Examples(self.stream, self.stream.inputs, self.stream.call, self.stream.answer)
 
     @torch.no_grad()
     def _sublayer(self, name: str) -> _Examples:
