@@ -74,19 +74,7 @@ def said(key: str) -> str:
         name, _, options = repair.partition(":")
         parts.append(f"then {REPAIRS[name]}" + (f" ({options.replace('=', ' ')})" if options else ""))
     parts += [word + (f" {value}" if value else "") for word, value in words.items()]
-    return ", ".join(parts) + effort(key)
-
-
-def effort(key: str) -> str:
-    """The effort whose chain this is."""
-    way, *more = key.split()
-    words = {"method": way, **dict(m.partition("=")[::2] for m in more)}
-    names = [
-        f" (`--effort {name}`{' for n:m' if words == fixed else ''})"
-        for name, (free, fixed) in CHAINS.items()
-        if words in (free, fixed)
-    ]
-    return names[0] if names else ""
+    return ", ".join(parts)
 
 
 def grid(rows: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -120,13 +108,30 @@ def everything() -> dict[str, dict[str, Any]]:
     return grid(rows | read("methods.json")["rows"])
 
 
+def key_of(words: Mapping[str, str]) -> str:
+    """A chain's words as a row has them."""
+    way, *more = [words["method"], *(f"{w}={v}" for w, v in words.items() if w != "method")]
+    return " ".join([way, *sorted(more)])
+
+
+def efforts(ways: Mapping[str, dict[str, Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """What every effort comes to; n:m has a chain of its own."""
+    by = {" ".join([key.split()[0], *sorted(key.split()[1:])]): own for key, own in ways.items()}
+    for name, (free, fixed) in CHAINS.items():
+        own = by.get(key_of(free), {}) | {k: r for k, r in by.get(key_of(fixed), {}).items() if k == "2:4"}
+        if own:
+            yield f"**`--effort {name}`**: {said(key_of(free))}", own
+
+
 def table() -> list[str]:
     out = head("method", *LEVELS, "fwd", "peak GB")
     ways = everything()
-    for key in sorted(ways, key=lambda k: (list(NAMES).index(k.split()[0]), len(k))):
-        own = ways[key]
+    chains = {frozenset(key_of(words).split()) for both in CHAINS.values() for words in both} - {frozenset(["alps"])}
+    keys = sorted(ways, key=lambda k: (list(NAMES).index(k.split()[0]), len(k)))
+    plain = [(said(key), ways[key]) for key in keys if frozenset(key.split()) not in chains]
+    for name, own in [*plain, *efforts(ways)]:
         fwd, peak = spread(r["fwd"] for r in own.values()), spread(r["peak_rss"] / 1e9 for r in own.values())
-        out.append(cells(said(key), *(cell(own.get(level)) for level in LEVELS), fwd, peak))
+        out.append(cells(name, *(cell(own.get(level)) for level in LEVELS), fwd, peak))
     out += ["", "Others on the same work, on another machine:", ""]
     out += head("implementation", *LEVELS, "fwd")
     for name, row in read("elsewhere.json")["rows"].items():
