@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.probes import Gradient
+from secateur.engine.probes import walked
 from secateur.engine.store import Store
 from secateur.engine.text import documents, pack, test_windows
 from secateur.engine.walk import Visit, running_as
@@ -139,9 +139,9 @@ class Dial:
 
     def _gather(self) -> None:
         if not self._visits:
-            needs = tuple(p for p in self.stage.parts.needs if p is not Gradient)
-            gradient = self.stage.gradients() if Gradient in self.stage.parts.needs else {}
-            self._visits = list(self.stage.visits(needs, "dense evidence", dense=True, gradient=gradient))
+            needs = self.stage.parts.needs
+            told = self.stage.whole.tell(needs)
+            self._visits = list(self.stage.visits(walked(needs), "dense evidence", dense=True, told=told))
 
     def _measure(self) -> float:
         with running_as(self.model, self.dtype):

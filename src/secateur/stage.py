@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from secateur.anatomy import anatomy_of
 from secateur.anatomy.types import Anatomy
 from secateur.engine.distribute import World
-from secateur.engine.gradients import gradients
 from secateur.engine.heap import give_back
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.plan import Plan
-from secateur.engine.probes import Evidence, Gradient, Probe
+from secateur.engine.probes import Evidence, Probe, walked
 from secateur.engine.store import Store
 from secateur.engine.walk import Visit, WalkSettings, walk
+from secateur.engine.whole import Told, Whole
 from secateur.errors import SecateurError
 from secateur.methods.base import Amount, MatrixSite, SiteInfo, UnitScore
 from secateur.methods.grains import Unit
@@ -130,7 +130,9 @@ class Stage:
             )
         self.pruner = Pruner(step, self.parts, number, len(self.anatomy.blocks), conditions.seed)
         self.silenced, self.fits = self.pruner.silenced, self.pruner.fits
-        self.gradient: dict[str, Probe] = {}
+        c = conditions
+        self.whole = Whole(self.model, store, self.anatomy, c.batches, c.world, c.seed, c.device, c.spill, c.tick)
+        self.told: Told = {}
 
     def run(self, sink: Sink, replay: Plan | None = None, reweigh: bool = True) -> Outcome:
         """Carry the step out; every finished block goes to ``sink`` in order.
@@ -148,8 +150,8 @@ class Stage:
             replay, counts = self.choose_layers(), {}
         else:
             counts = self.counts()
-        if replay is None and Gradient in self.parts.needs:
-            self.gradient = self.gradients()
+        if replay is None:
+            self.told = self.whole.tell(self.parts.needs)
         layers = replay[f"{self.number}/layer/model"] if replay is not None and self.step.space == "layer" else None
         gone = ~layers if layers is not None and self.step.apply == "cut" else torch.zeros(len(self.blocks)).bool()
         plan = Plan()
@@ -189,9 +191,8 @@ class Stage:
     def survey(self) -> Iterator[tuple[str, Tensor]]:
         """Scores of every site on the dense model, in order: the ranking score, folded to the step's grain."""
         ranking = self.parts.ranking
-        gradient = self.gradients() if Gradient in ranking.needs else {}
-        needs = tuple(p for p in ranking.needs if p is not Gradient)
-        for visit in self.visits(needs, "survey", dense=True, gradient=gradient):
+        told = self.whole.tell(ranking.needs)
+        for visit in self.visits(walked(ranking.needs), "survey", dense=True, told=told):
             yield from self._scores(visit)
 
     def _scores(self, visit: Visit) -> Iterator[tuple[str, Tensor]]:
@@ -242,24 +243,24 @@ class Stage:
     def _walk_needs(self, choosing: bool, fits: bool) -> tuple[type[Probe], ...]:
         if self.step.space == "layer":
             return ()
-        return tuple(p for p in self.parts.needs_of(choosing, fits) if p is not Gradient)
+        return walked(self.parts.needs_of(choosing, fits))
 
     def visits(
         self,
         needs: tuple[type[Probe], ...],
         phase: str,
         dense: bool = False,
-        gradient: Mapping[str, Probe] | None = None,
+        told: Told | None = None,
         skip: set[int] | None = None,
         fits: bool = False,
     ) -> Iterator[Visit]:
-        """Visit the blocks with these statistics (and gradients) as evidence; see `walk`.
+        """Visit the blocks with these statistics (and what the whole model told) as evidence; see `walk`.
 
         Args:
             dense: survey the dense model, whatever the step is fitted on.
             fits: weights will be fitted, so the walk carries what `Parts.fit_on` and the repair ask for.
         """
-        gradient, skip = self.gradient if gradient is None else gradient, skip or set()
+        told, skip = self.told if told is None else told, skip or set()
         survey = dense
         inputs, beside = fits and self.parts.streams, fits and self.parts.beside
         dense = dense or self.parts.fit_on == "dense"
@@ -298,10 +299,10 @@ class Stage:
             tick=tick,
         )
         for visit in walk(self.model, self.anatomy, self.store, batches, how):
-            if gradient:
-                for name in self._gradient_names(visit):
+            if told:
+                for name in self._site_names(visit):
                     own = dict(visit.evidence.get(name, Evidence(name)).items())
-                    visit.evidence[name] = Evidence(name, {**own, Gradient: gradient[name]})
+                    visit.evidence[name] = Evidence(name, {**own, **told[name]})
             yield visit
             if not reads:
                 tick(1)
@@ -311,13 +312,8 @@ class Stage:
         self.store.release_rest(self.model)
         give_back()
 
-    def _gradient_names(self, visit: Visit) -> list[str]:
+    def _site_names(self, visit: Visit) -> list[str]:
         return [s.name for s in matrix_sites(visit, visit.block.matrices, len(self.anatomy.blocks), self.at.seed)]
-
-    def gradients(self) -> dict[str, Probe]:
-        """Gradients of the whole model's loss, by site."""
-        self.at.tick("gradient", 0, 1)
-        return gradients(self.store, self.anatomy, self.at.batches(), self.at.world, self.at.tick)
 
     def _round(self, visit: Visit) -> None:
         """Round to the dtype that is written, so that the next block is fed by what a resumed run would read."""

@@ -14,6 +14,7 @@ from secateur.engine.probes import (
     Contribution,
     Cosine,
     Evidence,
+    Fisher,
     Gradient,
     Gram,
     InputNorm,
@@ -66,7 +67,7 @@ class Layer:
         probes[Gram].update(flat, gate)
         probes[Contribution].update(flat, gate, weight)
         probes[PositionSquares].update(x if gate is None else (flat * gate.unsqueeze(1)).unsqueeze(1))
-        for kind in (Gradient, LocalGradient):
+        for kind in (Gradient, LocalGradient, Fisher):
             probes[kind] = kind()
             probes[kind].update(m.view(self.grads[tensor], expert), weight)
         return Evidence(f"{tensor}[{expert}]", probes)

@@ -260,6 +260,8 @@ STREAMED: list[tuple[str, dict[str, Any]]] = [
     *((f, dict(space="weight", score="wanda")) for f in FAMILIES),
     *((f, dict(space="weight", method="sparsegpt")) for f in FAMILIES),
     *((f, dict(space="ffn", score="taylor")) for f in FAMILIES),
+    ("llama", dict(space="weight", method="alps:rows=fisher", budget="fisher")),
+    ("mixtral", dict(space="weight", score="fisher", budget="fisher")),
     ("mixtral", dict(space="expert", score="router_mass")),
     ("mixtral", dict(space="weight", score="wanda", grain="2:4", keep=None)),
     ("llama", dict(space="weight", score="magnitude", budget="pooled")),

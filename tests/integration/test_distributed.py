@@ -22,6 +22,9 @@ STEPS = {
     "repaired": [
         *["--space", "weight", "--score", "wanda", "--sparsity", 0.5, "--repair", "least_squares", "--fit-on", "mix"],
     ],
+    "fisher": [
+        *["--space", "weight", "--method", "alps:rows=fisher", "--sparsity", 0.5, "--budget", "fisher"],
+    ],
     "pooled-taylor": ["--space", "ffn", "--score", "taylor", "--keep", "0.75", "--budget", "pooled"],
 }
 # one interpreter start and one process group for all runs; every process notes what it writes

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.engine.headers import read_header
 from secateur.engine.plan import Plan
+from secateur.engine.probes import walked
 from secateur.engine.store import Store
 from secateur.errors import SecateurError
 from secateur.evopress.answers import Answers
@@ -144,6 +145,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "neurons, biased": ("gpt2", dict(space="ffn", score="wanda", repair="mean_bias")),
     "groups": ("llama", dict(space="kv_group", score="magnitude")),
     "experts": ("mixtral", dict(space="expert", score="router_mass")),
+    "fisher": ("mixtral", dict(space="weight", method="alps:rows=fisher")),
     "gradients": ("llama", dict(space="weight", score="taylor")),
 }
 
@@ -169,11 +171,11 @@ def test_levels_are_what_the_method_makes_of_each_site(case: str, tmp_path: Path
         board.set(levels)
         counts = {s.info.name: s.count(n) for s, n in zip(sites, levels, strict=True)}
         other = as_mask(stage_of(model, step))
+        other.store.load_rest(other.model)
+        told = other.whole.tell(other.parts.needs)
         other.store.load_whole(other.model)
         other.store = _Held(other.store)  # type: ignore[assignment]
-        needs = tuple(p for p in other.parts.needs if p.__name__ != "Gradient")
-        gradient = other.gradients() if len(needs) < len(other.parts.needs) else {}
-        visits = list(other.visits(needs, "", dense=True, gradient=gradient))
+        visits = list(other.visits(walked(other.parts.needs), "", dense=True, told=told))
         for visit in visits:
             plan = other.prune_block(visit, counts, None)
             assert sum(plan.kept(key) for key in plan) == sum(

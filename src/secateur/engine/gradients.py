@@ -23,7 +23,7 @@ def gradients(
     anatomy: Anatomy,
     batches: Sequence[Tensor],
     world: World,
-    tick: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Probe]:
     """Sum over batches of d loss / d W for each matrix, by site name.
 
@@ -55,7 +55,7 @@ def gradients(
         shift = int(getattr(model.config, "is_decoder", True) is not False)
         logits = out.logits[0, : ids.shape[1] - shift].float()
         torch.nn.functional.cross_entropy(logits, ids[0, shift:]).backward()
-        tick("gradient", done, len(windows))
+        tick(done, len(windows))
     probes: dict[str, Probe] = {}
     for (index, m), weight in weights.items():
         grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 
+Kind = Literal["input", "weighted", "paired", "positions", "block", "router", "gradient", "local"]
+
 
 class Probe(ABC):
     """One statistic. ``kind`` says what it listens to:
@@ -27,10 +29,11 @@ class Probe(ABC):
     - ``positions``: the input with its positions, x [batch, length, in] (experts: [1, tokens, in]);
     - ``block``: the hidden states before and after the block (``update(before, after)`` [tokens, hidden]);
     - ``router``: router weights [tokens, experts], zero where not routed;
-    - ``gradient``: the gradient of the loss on one batch (``update(grad, weight)``, stored shape [out, in]).
+    - ``gradient``: the gradient of the whole model's loss on one batch (``update(grad, weight)``, [out, in]);
+    - ``local``: the same of what the block alone gives.
     """
 
-    kind: ClassVar[Literal["input", "weighted", "paired", "positions", "block", "router", "gradient"]]
+    kind: ClassVar[Kind]
     reduce: ClassVar[Literal["sum", "max"]] = "sum"
     beside: ClassVar[type[Probe] | None] = None  # the paired statistic that fits use with this one
     sums: dict[str, Tensor]
@@ -307,7 +310,7 @@ class RouterMass(Probe):
 class Gradient(Probe):
     """Sum over batches of the language-model loss's gradient: ``gradient`` [out, in]. Needs the whole model."""
 
-    kind = "gradient"
+    kind: ClassVar[Kind] = "gradient"
 
     def update(self, grad: Tensor, weight: Tensor) -> None:
         self.add("gradient", grad)
@@ -326,6 +329,48 @@ class Gradient(Probe):
 class LocalGradient(Gradient):
     """Gradient of the L2 norm of the block's own output, so that nothing but the block is needed (the regional
     gradient of Wanda++, arXiv 2503.04992, section 3.2; from the abstract and our reading, not their code)."""
+
+    kind = "local"
+
+
+class Fisher(Probe):
+    """Diagonal of the Fisher information per token, by its margins: ``rows`` [out] and ``columns`` [in].
+
+    The diagonal is what squared gradients of log p(token) come to on average, with tokens drawn from the model's
+    own answer; half of it times w^2 is, to second order, what dropping w adds to the KL divergence, in nats per token.
+    As a product of its margins it takes out + in numbers a matrix, and averages over many weights what few windows
+    tell of each. Needs the whole model (`engine.fisher`). ``update(grad, weight)``: the gradient of one window's summed
+    loss; ``tokens`` counts them.
+    """
+
+    kind = "gradient"
+
+    def update(self, grad: Tensor, weight: Tensor, tokens: int = 1) -> None:
+        square = grad.float().square()
+        self.add("rows", square.sum(1))
+        self.add("columns", square.sum(0))
+        self.add("tokens", torch.tensor(float(tokens), device=grad.device))
+
+    @property
+    def rows(self) -> Tensor:
+        """Sum of the diagonal over each row, fp32 [out]."""
+        return (self.sums["rows"] / self.sums["tokens"].clamp_min(1)).float()
+
+    @property
+    def diagonal(self) -> Tensor:
+        """rows x columns / total, fp32 [out, in]."""
+        rows, columns = self.sums["rows"], self.sums["columns"]
+        total = rows.sum() * self.sums["tokens"].clamp_min(1)
+        return (rows.unsqueeze(1) * columns / total.clamp_min(torch.finfo(torch.float64).tiny)).float()
+
+    @classmethod
+    def bytes(cls, rows: int, columns: int, length: int) -> int:
+        return 8 * (rows + columns)
+
+
+def walked(needs: Iterable[type[Probe]]) -> tuple[type[Probe], ...]:
+    """Those that are gathered while blocks are walked; the others need the whole model."""
+    return tuple(p for p in needs if p.kind != "gradient")
 
 
 def paired(needs: Iterable[type[Probe]]) -> tuple[type[Probe], ...]:

@@ -22,7 +22,7 @@ from secateur.engine.apply import get_tensor, mask_block
 from secateur.engine.ear import site_name
 from secateur.engine.headers import Entry, read_header
 from secateur.engine.plan import Bits
-from secateur.engine.probes import Gradient
+from secateur.engine.probes import walked
 from secateur.engine.reading import Reader
 from secateur.engine.silence import Silence
 from secateur.engine.store import Store
@@ -111,10 +111,10 @@ class LevelFiles:
         if len(there) == count:
             return
         stage.store.load_rest(stage.model, "cpu")
-        needs = tuple(p for p in stage.parts.needs_of(choosing=True, fitting=True) if p is not Gradient)
-        gradient = stage.gradients() if Gradient in stage.parts.needs else {}
+        needs = walked(stage.parts.needs_of(choosing=True, fitting=True))
+        told = stage.whole.tell(stage.parts.needs)
         phase = f"step {stage.number + 1}, levels"
-        for visit in stage.visits(needs, phase, dense=True, gradient=gradient, skip=there):
+        for visit in stage.visits(needs, phase, dense=True, told=told, skip=there):
             if not visit.block.index:
                 stage.store.release_rest(stage.model)
             if visit.block.index not in there:

@@ -10,7 +10,8 @@ from torch import nn
 
 from secateur.anatomy.types import Block, Matrix
 from secateur.cliff import curve_step
-from secateur.engine.probes import Gradient, Probe
+from secateur.engine.fisher import FISHER_WINDOWS
+from secateur.engine.probes import Fisher, Gradient, Probe, walked
 from secateur.measure.passes import LOGIT_BYTES
 from secateur.methods.mending import read_matrices
 from secateur.methods.repairs.least_squares import LeastSquares
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 ALLOCATOR = 1.1  # the C library keeps some of what was let go
 HEAP = 32 << 20  # bytes of the largest piece that the C library (glibc) keeps for later instead of giving it back
 WIDEST, WIDTHS = 3, 4  # activations, the widest and hidden states, that a pass through a block holds at once, and
+WAY_BACK = 12  # activations that a block keeps for its backward, in widths of its widest matrix
 BEHIND = 12  # hidden states that it leaves on the heap where they fit (seen on Llama blocks 2,048 and 4,096 wide)
 
 
@@ -48,7 +50,10 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
     activations = phases[0].get("activations", 0)
     phases.append({"outside the blocks": outside, "activations": activations})
     phases.append({"outside the blocks": outside, "a tensor as stored": 0 if held else _largest(run)})
-    if Gradient in {*first.parts.needs, *first.parts.survey_needs}:
+    asked = {*first.parts.needs, *first.parts.survey_needs}
+    if Fisher in asked:
+        phases += _back(run, first, blocks, outside)
+    if Gradient in asked:
         grads = 4 * sum(m.numel for b in first.anatomy.blocks for m in b.matrices)
         phases.append({"model to differentiate": sum(blocks) + outside, "gradients": grads, "logits": 3 * _logits(run)})
         for parts in phases[:2]:
@@ -101,7 +106,7 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
     """A step's walk at a block: while text passes through it, and while what stays of it is decided. Of finished blocks
     nothing is left."""
     text, anatomy, step = run.recipe.text, first.anatomy, first.step
-    needs = {*first.parts.needs, *first.parts.survey_needs} - {Gradient}
+    needs = set(walked((*first.parts.needs, *first.parts.survey_needs)))
     parts, batch, fit = {"one block": block}, 0, 0
     shapes = [m.shape for b in anatomy.blocks for m in b.matrices]
     if needs or first.parts.streams:
@@ -125,6 +130,19 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
             mended = [mending_bytes(max(g.rows), g.columns, share_of(step)) for own in chosen for g in own]
             scores = max([scores, *mended])
     return [parts | {"one batch": batch}, parts | {"scores and masks": scores, "fit of a part": fit}]
+
+
+def _back(run: _Run, first: Stage, blocks: list[int], outside: int) -> list[dict[str, int]]:
+    """The way back through the model for the Fisher information: at the head, and at a block."""
+    length, some = run.recipe.text.length, -(-min(FISHER_WINDOWS, run.recipe.text.samples) // run.world.size)
+    widest = max(max(m.shape) for b in first.anatomy.blocks for m in b.matrices)
+    kept = 0 if run._spill else (len(blocks) + 1) * some * length * _hidden(run) * 4
+    there = {"outside the blocks": outside, "what went into the blocks": kept}
+    back = length * 4 * (WAY_BACK * widest + WIDTHS * _hidden(run))
+    return [
+        there | {"logits": 4 * length * vocabulary(run.store.config) * 4},
+        there | {"a block and its gradients": 2 * max(blocks), "what its way back needs": back},
+    ]
 
 
 def share_of(step: Step) -> float:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from secateur.cliff import FINEST, LENGTH, LEVELS, WINDOWS, curve_step
-from secateur.engine.probes import Contribution, CrossGram, Gradient, Gram, LocalGradient, Probe
+from secateur.engine.fisher import FISHER_WINDOWS
+from secateur.engine.probes import Contribution, CrossGram, Fisher, Gradient, Gram, LocalGradient, Probe, walked
 from secateur.engine.walk import products_in
 from secateur.measure.size import TOP_K
 from secateur.methods.base import Amount
@@ -204,16 +205,19 @@ def _gather(
     seconds = 0.0
     if Gradient in needs:
         seconds += tokens * (GRADIENT * own + 2 * head) * at.product * OVERHEAD
-    walked = [p for p in needs if p is not Gradient]
-    if not walked:
+    if Fisher in needs and (dense or Fisher not in first.parts.survey_needs):  # made once
+        some = min(FISHER_WINDOWS, run.recipe.text.samples) * run.recipe.text.length / run.world.size
+        seconds += some * (GRADIENT * own * at.fitted + 2 * head * at.product) * OVERHEAD
+    walking = walked(needs)
+    if not walking:
         return seconds
     block = first.anatomy.blocks[0]
     weights = sum(m.numel for m in block.matrices)
     passes = 1.0 if dense else 2.0 - 1 / len(first.anatomy.blocks)
-    if not dense and all(p.kind in ("input", "weighted", "paired", "positions") for p in walked):
+    if not dense and all(p.kind in ("input", "weighted", "paired", "positions") for p in walking):
         passes -= block.matrices[-1].numel / weights  # the first pass stops before the last product
-    passes += 2.0 * sum(issubclass(p, LocalGradient) for p in walked)
-    products = sum(_products(run, first, p) for p in walked)
+    passes += 2.0 * sum(issubclass(p, LocalGradient) for p in walking)
+    products = sum(_products(run, first, p) for p in walking)
     calls = passes * len(first.anatomy.blocks) * tokens / (run.recipe.batch_size * run.recipe.text.length)
     return seconds + tokens * (passes * own * OVERHEAD + products) * at.product + calls * CALL
 

@@ -55,6 +55,7 @@ class _Recorder(nn.Module):
         object.__setattr__(self, "block", block)
         object.__setattr__(self, "log", log)
         object.__setattr__(self, "as_tuple", None)
+        object.__setattr__(self, "answer", None)  # hidden states to hand on instead of the input
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "block"), name)
@@ -71,6 +72,7 @@ class _Recorder(nn.Module):
         if self.as_tuple is None:
             object.__setattr__(self, "as_tuple", _answers_tuple(self.block, hidden, call))
         self.log.append((hidden.detach(), call))
+        hidden = hidden if self.answer is None else self.answer
         return (hidden,) if self.as_tuple else hidden
 
 
@@ -169,6 +171,21 @@ def capture(model: nn.Module, path: str, batches: Sequence[Tensor]) -> Captured:
             out.calls.append(calls)
         out.as_tuple = bool(recorders and recorders[0].as_tuple)
     return out
+
+
+def finish(model: Any, path: str, ids: Tensor, hidden: Tensor) -> Any:
+    """What the host makes of a batch whose last block gives these hidden states; gradients pass through.
+
+    Args:
+        model, path: as for `capture`; everything outside the blocks real.
+        ids: token ids [batch, length].
+        hidden: [batch, length, hidden].
+    """
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    with _standing_in(blocks, []) as recorders:
+        object.__setattr__(recorders[-1], "answer", hidden)
+        return model(input_ids=ids, use_cache=False)
 
 
 def _shared(call: Call, first: Call) -> Call:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from secateur.errors import SecateurError
 from secateur.methods.grains import Grain, Matrix, NofM, Row
-from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, check_steps
+from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, check_steps, needs_of
 from secateur.methods.least_squares import conjugate_gradients
 from secateur.methods.top import top_rows
 
@@ -37,6 +37,7 @@ class ADMM(LayerMethod):
         damping: added to the unit diagonal of the scaled X^T X.
         iterations, gradual: how many, and over how many of them the mask shrinks (0: the final mask at once).
         polish: steps of conjugate gradients on the survivors at the end.
+        rows: whether errors of all rows count alike (``even``), or by the Fisher information (``fisher``).
     """
 
     grain: Grain = field(default_factory=Matrix)
@@ -44,9 +45,11 @@ class ADMM(LayerMethod):
     iterations: int = 20
     gradual: int = 15
     polish: int = 0
+    rows: str = "even"
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
+        object.__setattr__(self, "needs", needs_of(self.rows))
         check_steps("iterations", self.iterations, 1)
         check_steps("gradual", self.gradual)
         check_steps("polish", self.polish)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from secateur.methods.grains import Grain, Matrix
-from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, check_steps
+from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, check_steps, needs_of
 from secateur.methods.least_squares import conjugate_gradients
 
 START, LONGEST = 0.1, 300  # first penalty; iterations at most
@@ -42,15 +42,18 @@ class ALPS(LayerMethod):
         damping: added to the diagonal of X^T X, as a share of its mean.
         every: iterations under each penalty; twice as many find a support with 1 to 2 % less error.
         polish: steps of conjugate gradients on the survivors.
+        rows: whether errors of all rows count alike (``even``), or by the Fisher information (``fisher``).
     """
 
     grain: Grain = field(default_factory=Matrix)
     damping: float = 0.01
     every: int = 3
     polish: int = 10
+    rows: str = "even"
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
+        object.__setattr__(self, "needs", needs_of(self.rows))
         check_steps("every", self.every, 1)
         check_steps("polish", self.polish)
 

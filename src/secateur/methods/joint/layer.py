@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.engine.probes import Evidence, Gram
-from secateur.errors import SecateurError
+from secateur.engine.probes import Evidence, Fisher, Gram, Probe
+from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Keep, MatrixSite, Method
 from secateur.methods.grains import Grain
 from secateur.methods.least_squares import damped, refit
@@ -88,6 +89,7 @@ class LayerMethod(Method):
     blind: ClassVar[bool] = False  # whether `solve` knows what to do where no token was seen
     grain: Grain
     damping: float
+    rows: str = "even"  # how errors of a matrix's rows count where rows compete: alike, or by the Fisher information
 
     @abstractmethod
     def solve(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
@@ -111,11 +113,15 @@ class LayerMethod(Method):
                 check_count(self.grain, shape, count)
                 shared.setdefault((id(seen[Gram]), shape[1]), []).append(at)
         for members in shared.values():
-            group = [[part[at] for at in members] for part in (sites, evidence, counts)]
-            layer = Layer.of(*group)  # type: ignore[arg-type]
+            scales = [row_scale(evidence[at]) if self.rows == "fisher" else None for at in members]
+            weighed = [_times(sites[at], scale) for at, scale in zip(members, scales, strict=True)]
+            layer = Layer.of(weighed, [evidence[at] for at in members], [counts[at] for at in members])
             solved = self._largest(layer) if layer.silent and not self.blind else self.solve(layer)
-            for at, (mask, weight) in zip(members, solved, strict=True):
-                answers[at] = Keep(mask, None if weight is None else weight.masked_fill_(~mask, 0))
+            for at, scale, (mask, weight) in zip(members, scales, solved, strict=True):
+                if weight is not None:
+                    weight = weight.masked_fill_(~mask, 0)
+                    weight = weight if scale is None else weight.div_(scale)
+                answers[at] = Keep(mask, weight)
         return [answers[at] for at in range(len(sites))]
 
     def _largest(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
@@ -130,6 +136,37 @@ class LayerMethod(Method):
         if layer.silent:
             return site.weight.masked_fill(~mask.to(site.weight.device), 0)
         return refit(layer.gram, layer.weights[0], mask.to(site.weight.device), min(self.damping, 0.01))
+
+
+ROWS = ("even", "fisher")
+FAINTEST = 1e-3  # least weight of a row, as a share of the root mean square over rows
+
+
+def row_scale(evidence: Evidence) -> Tensor:
+    """What a matrix's rows are multiplied by so that squared errors count as the model's answers feel them: [out, 1].
+
+    The roots of the Fisher information of each row, brought to a mean square of one.
+    """
+    rows = evidence[Fisher].rows
+    mean = float(rows.mean())
+    if not (isfinite(mean) and mean > 0):  # nothing reaches the loss (an expert that was never chosen)
+        return torch.ones(len(rows), 1)
+    return (rows / mean).sqrt_().clamp_min_(FAINTEST).unsqueeze(1)
+
+
+def _times(site: MatrixSite, scale: Tensor | None) -> MatrixSite:
+    return site if scale is None else replace(site, weight=site.weight.float() * scale.to(site.weight.device))
+
+
+def needs_of(rows: str) -> tuple[type[Probe], ...]:
+    """The statistics of a method whose rows count so.
+
+    Raises:
+        SecateurError: an unknown way.
+    """
+    if rows not in ROWS:
+        raise unknown("way to count rows", rows, ROWS)
+    return (Gram, Fisher) if rows == "fisher" else (Gram,)
 
 
 def check_count(grain: Grain, shape: tuple[int, ...], count: int) -> None:

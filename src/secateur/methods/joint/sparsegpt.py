@@ -25,7 +25,7 @@ from secateur.engine.probes import Evidence
 from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite
 from secateur.methods.grains import Columns, Grain, Matrix, NofM
-from secateur.methods.joint.layer import Layer, LayerMethod, check_damping
+from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, needs_of
 from secateur.methods.top import top_rows
 
 LEAF = 32  # columns updated one by one; wider runs use matrix products
@@ -41,11 +41,13 @@ class SparseGPT(LayerMethod):
     Attributes:
         grain: who competes; with ``columns:B`` the mask of each B columns is chosen when the sweep gets there.
         damping: added to the diagonal of X^T X, as a share of its mean.
+        rows: whether errors of all rows count alike (``even``), or by the Fisher information (``fisher``).
     """
 
     blind = True
     grain: Grain = field(default_factory=Columns)
     damping: float = 0.01
+    rows: str = "even"
 
     def __post_init__(self) -> None:
         if not isinstance(self.grain, Columns | Matrix | NofM):
@@ -55,6 +57,7 @@ class SparseGPT(LayerMethod):
                 works="columns:128 (any width), matrix or n:m",
             )
         check_damping(self.damping)
+        object.__setattr__(self, "needs", needs_of(self.rows))
 
     def solve(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
         rows = [len(w) for w in layer.weights]

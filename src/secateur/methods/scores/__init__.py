@@ -9,6 +9,7 @@ from secateur.methods.base import Score, UnitScore
 from secateur.methods.scores.activation_norm import ActivationNorm
 from secateur.methods.scores.contribution import Contribution
 from secateur.methods.scores.cosine import BlockInfluence
+from secateur.methods.scores.fisher import FisherScore
 from secateur.methods.scores.magnitude import Magnitude
 from secateur.methods.scores.output_error import OutputError
 from secateur.methods.scores.random import Random
@@ -28,6 +29,7 @@ SCORES: Mapping[str, type[Score] | type[UnitScore]] = MappingProxyType(
         "taylor": Taylor,
         "taylor_vector": TaylorVector,
         "taylor_block": TaylorBlock,
+        "fisher": FisherScore,
         "output_error": OutputError,
         "activation_norm": ActivationNorm,
         "block_influence": BlockInfluence,

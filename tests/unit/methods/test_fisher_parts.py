@@ -1,0 +1,129 @@
+"""Scores, counts and rows by the Fisher information, against closed forms and sorting."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import torch
+from layer_toys import case, heard, site
+from torch import Tensor
+
+from secateur.engine.probes import Evidence, Fisher, Gram
+from secateur.errors import SecateurError
+from secateur.methods.base import Amount, SiteInfo
+from secateur.methods.budgets.fisher import Fisher as FisherBudget
+from secateur.methods.grains import Matrix
+from secateur.methods.joint import METHODS
+from secateur.methods.scores.fisher import FisherScore
+
+WITH_ROWS = ("alps", "admm", "sparsegpt")
+
+
+def told(rows: Tensor, columns: Tensor) -> Fisher:
+    """One window's gradient rows x columns, of one token."""
+    probe = Fisher()
+    probe.update(torch.outer(rows, columns), torch.empty(0))
+    return probe
+
+
+def test_a_gradient_of_rank_one_is_known_exactly() -> None:
+    g = torch.Generator().manual_seed(0)
+    w, rows, columns = torch.randn(4, 6, generator=g), torch.randn(4, generator=g), torch.randn(6, generator=g)
+    scores = FisherScore().score(site(w), Evidence("w", {Fisher: told(rows, columns)}))
+    assert torch.allclose(scores, (w * torch.outer(rows, columns)).square() / 2)
+
+
+def test_no_gradient_is_no_loss() -> None:
+    scores = FisherScore().score(site(torch.ones(2, 3)), Evidence("w", {Fisher: told(torch.zeros(2), torch.ones(3))}))
+    assert torch.equal(scores, torch.zeros(2, 3))
+
+
+def test_with_independent_inputs_the_best_choice_is_a_sort() -> None:
+    """... of F_i w_ij^2, not of w_ij^2."""
+    g = torch.Generator().manual_seed(1)
+    w, rows = torch.randn(5, 8, generator=g), torch.logspace(-2, 1, 5)
+    gram = Gram()
+    gram.update(torch.eye(8))
+    seen = Evidence("w", {Gram: gram, Fisher: told(rows.sqrt(), torch.ones(8))})
+    for way, scale in (("fisher", rows), ("even", torch.ones(5))):
+        keep = METHODS["sparsegpt"](grain=Matrix(), rows=way).prune(site(w), seen, 20)  # type: ignore[call-arg]
+        want = torch.zeros(40).index_fill(0, (w.square() * scale.unsqueeze(1)).reshape(-1).topk(20).indices, 1)
+        assert torch.equal(keep.mask.reshape(-1), want.bool())
+        assert keep.weight is not None and torch.allclose(keep.weight, w * keep.mask, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WITH_ROWS)
+def test_rows_count_by_what_they_cost(name: str) -> None:
+    """The error that is weighed by rows falls, the one that is not rises."""
+    make: Any = METHODS[name]
+    errors = {"fisher": torch.zeros(2), "even": torch.zeros(2)}
+    for seed in range(3):
+        w, x = case(16, 24, seed)
+        rows = torch.logspace(-2, 0, 16)
+        seen = Evidence("w", {**dict(heard(x).items()), Fisher: told(rows.sqrt(), torch.ones(24))})
+        for way, sums in errors.items():
+            keep = make(grain=Matrix(), rows=way).prune(site(w), seen, 150)
+            off = ((keep.weight - w) @ x.T).square().sum(1)
+            assert int(keep.mask.sum()) == 150 and bool((keep.weight[~keep.mask] == 0).all())
+            sums += torch.stack([(off * rows).sum(), off.sum()])
+    assert errors["fisher"][0] < 0.9 * errors["even"][0] and errors["fisher"][1] > errors["even"][1]
+
+
+@pytest.mark.parametrize("name", WITH_ROWS)
+def test_equal_rows_change_nothing(name: str) -> None:
+    w, x = case(6, 12)
+    seen = dict(heard(x).items())
+    make: Any = METHODS[name]
+    plain = make(grain=Matrix()).prune(site(w), Evidence("w", seen), 36)
+    same = make(grain=Matrix(), rows="fisher").prune(
+        site(w), Evidence("w", {**seen, Fisher: told(torch.full((6,), 3.0), torch.ones(12))}), 36
+    )
+    assert torch.equal(plain.mask, same.mask) and torch.allclose(plain.weight, same.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_nothing_reaches_counts_rows_alike() -> None:
+    w, x = case(6, 12)
+    seen = {**dict(heard(x).items()), Fisher: told(torch.zeros(6), torch.zeros(12))}
+    keep = METHODS["alps"](rows="fisher").prune(site(w), Evidence("w", seen), 36)  # type: ignore[call-arg]
+    assert torch.equal(keep.mask, METHODS["alps"]().prune(site(w), Evidence("w", seen), 36).mask)
+
+
+def test_unknown_rows_are_refused() -> None:
+    with pytest.raises(SecateurError, match=r"'odd'.*even, fisher"):
+        METHODS["alps"](rows="odd")  # type: ignore[call-arg]
+
+
+def infos(units: list[int]) -> list[SiteInfo]:
+    return [SiteInfo(f"w{i}", "w", "ffn", i // 2, 2, n) for i, n in enumerate(units)]
+
+
+def allotted(budget: FisherBudget, units: list[int], values: list[Tensor], keep: str) -> list[int]:
+    sites = infos(units)
+    seen = {s.name: budget.observe(s, v) for s, v in zip(sites, values, strict=True)}
+    counts = budget.allot(sites, Amount(share=Decimal(keep)), seen)
+    return [counts[s.name] for s in sites]
+
+
+def test_counts_are_those_of_one_sorted_list() -> None:
+    g = torch.Generator().manual_seed(0)
+    values = [torch.rand(n, generator=g) * scale for n, scale in ((40, 1.0), (60, 3.0), (50, 0.5), (30, 2.0))]
+    line = torch.cat(values).sort(descending=True).values[71]  # the last of 72 that stay
+    want = [int((v >= line).sum()) for v in values]
+    assert allotted(FisherBudget(least=0.0), [40, 60, 50, 30], values, "0.4") == want
+    within = allotted(FisherBudget(over="layer"), [40, 60, 50, 30], values, "0.4")
+    assert sum(within[:2]) == 40 and sum(within[2:]) == 32
+
+
+def test_nobody_falls_below_the_least_and_the_total_is_exact() -> None:
+    values = [torch.full((100,), v) + 1e-3 * torch.rand(100) for v in (1.0, 9.0, 8.0)]
+    counts = allotted(FisherBudget(least=0.2), [100, 100, 100], values, "0.5")
+    assert counts[0] == 20 and sum(counts) == 150
+    assert allotted(FisherBudget(least=0.5), [100, 100, 100], values, "0.3") == [30, 30, 30]
+
+
+@pytest.mark.parametrize("options", [{"least": 1.0}, {"least": -0.1}, {"over": "row"}])
+def test_nonsense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SecateurError):
+        FisherBudget(**options)
