@@ -13,16 +13,18 @@ run() {
         --windows 16 --threads "${THREADS:-2}" --out "$out/$file" --rows "$@"
 }
 set --
-for way in alps wanda sparsegpt; do
-    for budget in uniform atp owl; do
-        for repair in "" " repair=least_squares" " repair=block_reconstruction"; do
-            set -- "$@" "$way 60% budget=$budget$repair bf16"
-        done
+for way in "alps:rows=fisher 60% budget=rate_distortion" "wanda 60% budget=rate_distortion" \
+    "sparsegpt 60% budget=uniform" "sparsegpt 60% budget=rate_distortion" "alps 60% budget=uniform" \
+    "alps:rows=fisher 60% budget=uniform" "alps 60% budget=rate_distortion" "wanda 60% budget=uniform" \
+    "wanda 60% budget=atp" "alps 60% budget=atp" "sparsegpt 60% budget=atp" \
+    "wanda 60% budget=owl" "alps 60% budget=owl" "sparsegpt 60% budget=owl"; do
+    for repair in "" " repair=block_reconstruction" " repair=least_squares"; do
+        set -- "$@" "$way$repair bf16"
     done
 done
 run ablation.json "$@"
 set --
-for way in "alps 60% budget=atp" "sparsegpt 60%" "wanda 60%"; do
+for way in "alps:rows=fisher 60% budget=rate_distortion" "sparsegpt 60%" "wanda 60%"; do
     for text in "" " text=builtin"; do
         for seed in 0 1 2; do
             set -- "$@" "$way$text seed=$seed bf16"

@@ -19,6 +19,7 @@ import torch
 
 from secateur.cliff import Dial
 from secateur.engine.host.origin import read_tokenizer, resolve
+from secateur.engine.probes import Fisher, Gram, InputNorm
 from secateur.engine.store import Store
 from secateur.engine.text import TextSource, calibration, documents, pack, test_windows
 from secateur.engine.walk import batches_of
@@ -30,9 +31,12 @@ from secateur.step import Step
 
 WEIGHTS = Step("weight", score="wanda", sparsity=0.6)
 TILES = Step("weight", score="output_error", grain="tile:16x16", sparsity=0.3)
+SLOPES = ("uniform", "atp", "rate_distortion", "rate_distortion:by=output", "rate_distortion:by=score")
 ROWS: Mapping[str, tuple[Step, tuple[str, ...]]] = {
-    "wanda 60 %": (WEIGHTS, ("uniform", "atp", "rate_distortion", "owl", "rate_distortion:by=score", "atp:rise=0.22")),
-    "tiles 16x16 30 %": (TILES, ("uniform", "rate_distortion", "atp", "rate_distortion:by=score")),
+    "wanda 60 %": (WEIGHTS, (*SLOPES, "owl", "atp:rise=0.22")),
+    "fisher 60 %": (replace(WEIGHTS, score="fisher"), SLOPES),
+    "tiles 16x16 30 %": (TILES, SLOPES),
+    "tiles 16x16 30 % by fisher": (replace(TILES, score="fisher"), SLOPES),
 }
 
 
@@ -49,7 +53,8 @@ def main(out: Path) -> None:
     for name, (step, budgets) in ROWS.items():
         dial = Dial(store, step, 0, conditions, windows)
         rows.setdefault("dense", dial.perplexity(Decimal(0)))
-        dial._gather()
+        told, needs = dial.stage.whole.tell((Fisher,)), (Gram, InputNorm)
+        dial._visits = list(dial.stage.visits(needs, "dense evidence", dense=True, told=told))
         seen = surveyed(dial, budgets)
         for budget in budgets:
             dial.restore()

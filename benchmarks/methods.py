@@ -64,10 +64,13 @@ KL_WINDOWS, ITEMS = 16, 500
 
 
 def words_of(row: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """``WAY LEVEL [word=value ...] [seed=N] [text=SOURCE] [bf16]`` as the step's words and, apart, what it runs under:
-    seed, text, and the dtype of the forward passes."""
+    """``WAY[:OPTIONS] LEVEL [word=value ...] [seed=N] [text=SOURCE] [bf16]`` as the step's words and, apart, what it
+    runs under: seed, text, and the dtype of the forward passes. Options are those of the way's method or score."""
     way, level, *more = row.split()
+    way, colon, options = way.partition(":")
     words = {**WAYS[way], **LEVELS[level]}
+    chosen = "method" if "method" in words else "score"
+    words[chosen] += colon + options
     under = {"dtype": "fp32"}
     for word in more:
         key, _, value = word.partition("=")

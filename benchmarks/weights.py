@@ -34,20 +34,25 @@ from secateur.stage import Conditions, Nowhere, Stage
 from secateur.step import Step
 
 PROMPT = "The capital of France is"
+GPT = {"method": "sparsegpt:polish=0"}  # as published
 ROWS: tuple[tuple[str, dict[str, Any], str], ...] = (
     *((f"{m} {s}", {**how, "sparsity": s}, "fp32") for s in ("50%",) for m, how in (
-        ("wanda", {"score": "wanda"}), ("sparsegpt", {"method": "sparsegpt"}))),
+        ("wanda", {"score": "wanda"}), ("sparsegpt:polish=0", GPT), ("sparsegpt", {"method": "sparsegpt"}))),
     ("wanda 50% bf16", {"score": "wanda", "sparsity": "50%"}, "bf16"),
+    ("sparsegpt:polish=0 50% bf16", {**GPT, "sparsity": "50%"}, "bf16"),
     ("sparsegpt 50% bf16", {"method": "sparsegpt", "sparsity": "50%"}, "bf16"),
     ("magnitude 50%", {"score": "magnitude", "grain": "matrix", "sparsity": "50%"}, "fp32"),
     ("magnitude 60%", {"score": "magnitude", "grain": "matrix", "sparsity": "60%"}, "fp32"),
     ("magnitude 70%", {"score": "magnitude", "grain": "matrix", "sparsity": "70%"}, "fp32"),
     ("magnitude 2:4", {"score": "magnitude", "grain": "2:4"}, "fp32"),
     ("wanda 60%", {"score": "wanda", "sparsity": "60%"}, "fp32"),
+    ("sparsegpt:polish=0 60%", {**GPT, "sparsity": "60%"}, "fp32"),
     ("sparsegpt 60%", {"method": "sparsegpt", "sparsity": "60%"}, "fp32"),
     ("wanda 2:4", {"score": "wanda", "grain": "2:4"}, "fp32"),
+    ("sparsegpt:polish=0 2:4", {**GPT, "grain": "2:4"}, "fp32"),
     ("sparsegpt 2:4", {"method": "sparsegpt", "grain": "2:4"}, "fp32"),
     ("wanda 70%", {"score": "wanda", "sparsity": "70%"}, "fp32"),
+    ("sparsegpt:polish=0 70%", {**GPT, "sparsity": "70%"}, "fp32"),
     ("sparsegpt 70%", {"method": "sparsegpt", "sparsity": "70%"}, "fp32"),
 )  # fmt: skip
 

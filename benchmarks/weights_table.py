@@ -25,6 +25,7 @@ REPAIRS = {
     "least_squares": "least squares", "local_reconstruction": "local reconstruction",
     "block_reconstruction": "block reconstruction",
 }  # fmt: skip
+OPTIONS = {"rows=fisher": "rows weighed by Fisher information", "polish=0": "as published"}
 HEAD = """# Weights without training, measured
 
 <!-- Written by benchmarks/weights_table.py from benchmarks/results; do not edit. -->
@@ -65,7 +66,8 @@ def said(key: str) -> str:
     """A way to prune in words."""
     way, *more = key.split()
     words = dict(m.partition("=")[::2] for m in more)
-    parts = [NAMES[way]]
+    way, _, options = way.partition(":")
+    parts = [NAMES[way] + (f" ({OPTIONS.get(options, options.replace('=', ' '))})" if options else "")]
     if words.pop("fit_on", "") == "mix":
         parts[0] += " aiming at the dense stream"
     if (budget := words.pop("budget", "uniform")) != "uniform":
@@ -127,7 +129,7 @@ def table() -> list[str]:
     out = head("method", *LEVELS, "fwd", "peak GB")
     ways = everything()
     chains = {frozenset(key_of(words).split()) for both in CHAINS.values() for words in both} - {frozenset(["alps"])}
-    keys = sorted(ways, key=lambda k: (list(NAMES).index(k.split()[0]), len(k)))
+    keys = sorted(ways, key=lambda k: (list(NAMES).index(k.split()[0].partition(":")[0]), len(k)))
     plain = [(said(key), ways[key]) for key in keys if frozenset(key.split()) not in chains]
     for name, own in [*plain, *efforts(ways)]:
         fwd, peak = spread(r["fwd"] for r in own.values()), spread(r["peak_rss"] / 1e9 for r in own.values())
@@ -150,7 +152,7 @@ def ablation() -> list[str]:
     out = head("choice", "budget", "no repair", *(REPAIRS[r] for r in repairs[1:]))
     for (way, budget), own in by.items():
         told = [f"{own[r]['perplexity']:.1f}, {own[r]['kl']:.2f}" if r in own else "–" for r in repairs]
-        out.append(cells(NAMES[way], f"`{budget}`", *told))
+        out.append(cells(said(way), f"`{budget}`", *told))
     return out
 
 

@@ -13,15 +13,16 @@ from secateur.errors import SecateurError, unknown
 
 Words = Mapping[str, str]
 
-# Where every site may keep its own count, and for n:m, which leaves nothing to allocate.
+# For n:m, whose grain leaves nothing to allocate and compares no rows; and what comes on top where it does not.
 _FAST: Words = {"method": "alps"}
 _BALANCED: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=4"}
 _BEST: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=8"}
+_FREE: Words = {"method": "alps:rows=fisher", "budget": "rate_distortion"}
 CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
     {
-        "fast": ({**_FAST, "budget": "atp"}, _FAST),
-        "balanced": ({**_BALANCED, "budget": "atp"}, _BALANCED),
-        "best": ({**_BEST, "budget": "atp"}, _BEST),
+        "fast": ({**_FAST, **_FREE}, _FAST),
+        "balanced": ({**_BALANCED, **_FREE}, _BALANCED),
+        "best": ({**_BEST, **_FREE}, _BEST),
     }
 )
 PASSES: Mapping[str, int] = MappingProxyType({"fast": 4, "balanced": 12, "best": 40})

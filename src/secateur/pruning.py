@@ -145,8 +145,9 @@ class Pruner:
                 if self.reweigh and self.parts.joint and not bool(out[s.name].mask.all()):
                     open_sites.append(s)
         evidence = [visit.evidence.get(s.name, Evidence(s.name)) for s in open_sites]
-        for s, a, seen in zip(open_sites, self._aims(open_sites, evidence), evidence, strict=True):
-            new = self.parts.method.reweigh(a, seen, out[s.name].mask)
+        aims = self._aims(open_sites, evidence)
+        found = self.parts.method.reweigh_many(aims, evidence, [out[s.name].mask for s in open_sites])
+        for s, a, new in zip(open_sites, aims, found, strict=True):
             out[s.name].weight = a.weight if new is None and a is not s else new
         return out
 

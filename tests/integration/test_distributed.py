@@ -23,7 +23,7 @@ STEPS = {
         *["--space", "weight", "--score", "wanda", "--sparsity", 0.5, "--repair", "least_squares", "--fit-on", "mix"],
     ],
     "fisher": [
-        *["--space", "weight", "--method", "alps:rows=fisher", "--sparsity", 0.5, "--budget", "fisher"],
+        *["--space", "weight", "--method", "alps:rows=fisher", "--sparsity", 0.5, "--budget", "rate_distortion"],
     ],
     "pooled-taylor": ["--space", "ffn", "--score", "taylor", "--keep", "0.75", "--budget", "pooled"],
 }

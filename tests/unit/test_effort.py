@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from secateur.effort import CHAINS, PASSES
+from secateur.engine.probes import Fisher
 from secateur.errors import SecateurError
 from secateur.parts import parts_of
 from secateur.step import MapRule, Step
@@ -48,3 +49,10 @@ def test_what_contradicts_an_effort_is_refused(words: dict[str, str], said: str)
 def test_more_effort_may_take_longer() -> None:
     assert list(PASSES) == ["fast", "balanced", "best"] == list(CHAINS)
     assert sorted(PASSES.values()) == list(PASSES.values())
+
+
+def test_where_counts_are_fixed_nothing_is_read_to_allocate_them() -> None:
+    for effort in CHAINS:
+        free, fixed = (parts_of(Step("weight", effort=effort, **w)) for w in ({"sparsity": 0.6}, {"grain": "2:4"}))
+        assert Fisher in free.needs and Fisher in free.survey_needs
+        assert Fisher not in fixed.needs and not fixed.survey_needs

@@ -109,7 +109,7 @@ def _slope(model: Any, path: str, ids: Tensor, hidden: Tensor, generator: torch.
         if logits is None:
             raise SecateurError(
                 f"{type(model).__name__} gives no probabilities of tokens, so it has no Fisher information",
-                works="a score that needs none (wanda, magnitude), and budget uniform",
+                works="what needs none: score wanda or magnitude, method alps, budget atp or uniform",
             )
         logits = logits[0].float()
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]

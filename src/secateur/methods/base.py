@@ -153,6 +153,12 @@ class Method(ABC):
         None from methods that leave weights as they are."""
         return None
 
+    def reweigh_many(
+        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], masks: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """`reweigh` for all matrices of a block, by the same arithmetic as `prune_many`."""
+        return [self.reweigh(s, e, m) for s, e, m in zip(sites, evidence, masks, strict=True)]
+
 
 @dataclass
 class Mended:

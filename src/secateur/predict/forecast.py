@@ -92,7 +92,7 @@ def _shrunk(run: _Run, notes: list[str], macs: list[int]) -> tuple[Any, int]:
         if step.worse is not None and run.replay is None:
             notes.append("how much stays is searched; sizes are those of the model as it is")
             continue
-        stage = Stage(run.store, replace(step, budget="uniform"), number, run.conditions(), model)
+        stage = Stage(run.store, replace(step, effort=None, budget="uniform"), number, run.conditions(), model)
         if run.replay is None and parts_of(step).budget.surveys:
             notes.append("the budget surveys the model first; counts were predicted as if it were uniform")
         if searching(run, step) is not None:

@@ -18,6 +18,7 @@ from secateur.methods.joint.admm import ADMM
 from secateur.methods.joint.alps import ALPS
 from secateur.methods.joint.dsnot import DSnoT
 from secateur.methods.joint.obs import SetOBS
+from secateur.methods.joint.sparsegpt import SparseGPT
 from secateur.methods.joint.start import start_from
 from secateur.methods.joint.swaps import SparseSwaps, swap_width
 from secateur.methods.least_squares import BYTES, STEPS, WIDE
@@ -106,7 +107,10 @@ def method_work(method: Method, rows: int, n: int, share: float) -> Work:
     if isinstance(method, DSnoT):
         found = Work(passed=size * (8 + 12 * min(EXCHANGES, method.cycles)))
         return found + method_work(start_from(method.start, method.grain), rows, n, share)
-    return Work(size * n / 2, cube / 3, columns=n) if Gram in method.needs else Work()  # SparseGPT, and strangers
+    if isinstance(method, SparseGPT):
+        steps = method.polish + 2 * bool(method.polish)
+        return Work(size * n * (0.5 + steps), cube / 3, passed=8 * size * method.polish, columns=n)
+    return Work(size * n / 2, cube / 3, columns=n) if Gram in method.needs else Work()  # strangers
 
 
 def _system(kept: float) -> Work:
@@ -156,7 +160,7 @@ def method_bytes(method: Method, rows: Sequence[int], n: int, share: float) -> i
     if isinstance(method, DSnoT):
         return max(method_bytes(start_from(method.start, method.grain), rows, n, share), 6 * one + all_ // 4)
     if Gram in method.needs:  # SparseGPT, and strangers
-        return max(4 * square + all_, 2 * square + 2 * all_ + all_ // 4)
+        return max(4 * square + all_, 2 * square + 2 * all_ + all_ // 4, 2 * square + 2 * all_ + all_ // 4 + 7 * one)
     return 2 * one
 
 

@@ -79,7 +79,7 @@ def test_many_iterations_reach_exact_least_squares_on_the_mask(grain: Grain) -> 
 def test_below_sparsegpt_on_correlated_inputs(grain: Grain) -> None:
     for seed in range(3):
         w, x = case(32, 64, seed=seed)
-        got, other = (m.prune(site(w), heard(x), 1024) for m in (ADMM(grain), SparseGPT(grain)))
+        got, other = (m.prune(site(w), heard(x), 1024) for m in (ADMM(grain), SparseGPT(grain, polish=0)))
         assert got.weight is not None and other.weight is not None
         assert error(w, got.weight, x) < error(w, other.weight, x)
 

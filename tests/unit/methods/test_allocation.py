@@ -20,7 +20,7 @@ from secateur.methods.budgets.protected import Protected
 from secateur.methods.budgets.rate_distortion import Curve, RateDistortion
 from secateur.methods.budgets.settle import afford
 from secateur.methods.budgets.uniform import Uniform
-from secateur.methods.scores.output_error import OutputError
+from secateur.methods.scores.fisher import FisherScore
 
 
 def share(text: str) -> Amount:
@@ -114,11 +114,13 @@ def loss(values: Sequence[Tensor], counts: Sequence[int]) -> float:
 
 def test_two_quadratic_curves() -> None:
     """Errors of units that rise linearly: D(k) = a / 2 (1 - k)^2. Equal slopes: a1 (1 - k1) / n1 = a2 (1 - k2) / n2."""
-    infos, budget = layers([10_000, 10_000]), RateDistortion(by="score")
+    infos, budget = layers([10_000, 10_000]), RateDistortion(by="score", least=0)
     values = [a * torch.arange(1, 10_001).double() / 1e8 for a in (1.0, 3.0)]
     got = budget.allot(infos, share("0.4"), seen(budget, infos, values))
     assert list(got.values()) == pytest.approx([1000, 7000], abs=3)  # 1 - k1 = 0.9, 1 - k2 = 0.3
-    relative = RateDistortion()  # the factors no longer count, the sizes do: (1 - k1) / n1 = (1 - k2) / n2
+    relative = RateDistortion(
+        by="output", least=0
+    )  # the factors no longer count, the sizes do: (1 - k1) / n1 = (1 - k2) / n2
     infos = layers([10_000, 30_000])
     values = [a * torch.arange(1, n + 1).double() for a, n in ((7.0, 10_000), (0.1, 30_000))]
     got = relative.allot(infos, share("0.6"), seen(relative, infos, values))
@@ -134,7 +136,7 @@ def test_no_other_allocation_of_tiny_sites_is_better(seed: int, by: Literal["sco
     values = [torch.rand(n, generator=g) ** 2 * (i + 1) for i, n in enumerate(units)]
     if seed % 3 == 0:
         values = [(4 * v).round() for v in values]  # ties within and between sites
-    infos, budget = layers(units), RateDistortion(by=by)
+    infos, budget = layers(units), RateDistortion(by=by, least=0)
     total = [float(v.sum()) if by == "output" else 1.0 for v in values]
     scaled = [v.double() / t for v, t in zip(values, total, strict=True)]
     for kept in range(17):
@@ -148,7 +150,7 @@ def test_no_other_allocation_of_tiny_sites_is_better(seed: int, by: Literal["sco
 @pytest.mark.parametrize("seed", range(8))
 def test_units_of_different_price_lose_at_most_one_unit_more_than_the_best(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    infos, budget = layers([6, 5, 4], costs=[1.0, 2.5, 4.0]), RateDistortion(by="score")
+    infos, budget = layers([6, 5, 4], costs=[1.0, 2.5, 4.0]), RateDistortion(by="score", least=0)
     values = [torch.rand(s.units, generator=g) * s.cost for s in infos]
     largest = max(float(v.max()) for v in values)
     for tenth in range(11):
@@ -169,7 +171,7 @@ def test_rows_keep_equal_numbers_and_the_curve_is_theirs() -> None:
         want = sum(sum(sorted(row)[: 8 - kept]) for row in values.tolist())
         assert curve.error[kept] == pytest.approx(want, rel=1e-6)
     infos = [SiteInfo(f"l.{i}", "w", "ffn", i, 2, 48, groups=6, minimum=7 * (1 - i)) for i in range(2)]
-    budget = RateDistortion(by="score")
+    budget = RateDistortion(by="score", least=0)
     got = budget.allot(infos, share("0.5"), seen(budget, infos, [values.reshape(-1), 1e3 * values.reshape(-1)]))
     assert got == {"l.0": 12, "l.1": 36}  # the minimum of 7 is 2 a row; 6 of 8 are left for the other
 
@@ -196,9 +198,27 @@ def test_the_hull_is_what_some_slope_chooses() -> None:
     assert np.all(np.interp(curve.kept, hull.kept, hull.error) <= error + 1e-12)
 
 
+def test_counts_are_those_of_one_sorted_list_and_nobody_falls_below_the_least() -> None:
+    g = torch.Generator().manual_seed(0)
+    infos = layers([400, 600, 500, 300])
+    values = [torch.rand(s.units, generator=g) * scale for s, scale in zip(infos, (1.0, 3.0, 0.5, 2.0), strict=True)]
+    line = torch.cat(values).sort(descending=True).values[719]  # the last of 720 that stay
+    free = RateDistortion(least=0)
+    got = free.allot(infos, share("0.4"), seen(free, infos, values))
+    assert list(got.values()) == pytest.approx([int((v >= line).sum()) for v in values], abs=2)
+    held, values = RateDistortion(least=0.2), [v + 100 * (v is values[1]) for v in values]
+    counts = list(held.allot(infos, share("0.3"), seen(held, infos, values)).values())
+    assert sum(counts) == 540 and counts[0] == 80 and counts[2] == 100 and counts[3] >= 60
+    none_free = RateDistortion(least=0.5).allot(infos, share("0.3"), seen(held, infos, values))
+    assert list(none_free.values()) == [120, 180, 150, 90]
+
+
 def test_distortions_have_names() -> None:
-    assert RateDistortion().ranking is OutputError and RateDistortion(by="score").ranking is None
+    assert RateDistortion().ranking is FisherScore and RateDistortion(by="score").ranking is None
     with pytest.raises(SecateurError, match="did you mean 'output'"):
         RateDistortion(by="ouput")  # type: ignore[arg-type]
+    for least in (1.0, -0.1, True):
+        with pytest.raises(SecateurError, match="least"):
+            RateDistortion(least=least)
     with pytest.raises(SecateurError, match="not finite"):
         Curve.of(torch.tensor([1.0, torch.nan]))

@@ -1,8 +1,7 @@
-"""Scores, counts and rows by the Fisher information, against closed forms and sorting."""
+"""Scores and rows by the Fisher information, against closed forms and sorting."""
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from torch import Tensor
 
 from secateur.engine.probes import Evidence, Fisher, Gram
 from secateur.errors import SecateurError
-from secateur.methods.base import Amount, SiteInfo
-from secateur.methods.budgets.fisher import Fisher as FisherBudget
 from secateur.methods.grains import Matrix
 from secateur.methods.joint import METHODS
 from secateur.methods.scores.fisher import FisherScore
@@ -93,37 +90,3 @@ def test_an_expert_that_nothing_reaches_counts_rows_alike() -> None:
 def test_unknown_rows_are_refused() -> None:
     with pytest.raises(SecateurError, match=r"'odd'.*even, fisher"):
         METHODS["alps"](rows="odd")  # type: ignore[call-arg]
-
-
-def infos(units: list[int]) -> list[SiteInfo]:
-    return [SiteInfo(f"w{i}", "w", "ffn", i // 2, 2, n) for i, n in enumerate(units)]
-
-
-def allotted(budget: FisherBudget, units: list[int], values: list[Tensor], keep: str) -> list[int]:
-    sites = infos(units)
-    seen = {s.name: budget.observe(s, v) for s, v in zip(sites, values, strict=True)}
-    counts = budget.allot(sites, Amount(share=Decimal(keep)), seen)
-    return [counts[s.name] for s in sites]
-
-
-def test_counts_are_those_of_one_sorted_list() -> None:
-    g = torch.Generator().manual_seed(0)
-    values = [torch.rand(n, generator=g) * scale for n, scale in ((40, 1.0), (60, 3.0), (50, 0.5), (30, 2.0))]
-    line = torch.cat(values).sort(descending=True).values[71]  # the last of 72 that stay
-    want = [int((v >= line).sum()) for v in values]
-    assert allotted(FisherBudget(least=0.0), [40, 60, 50, 30], values, "0.4") == want
-    within = allotted(FisherBudget(over="layer"), [40, 60, 50, 30], values, "0.4")
-    assert sum(within[:2]) == 40 and sum(within[2:]) == 32
-
-
-def test_nobody_falls_below_the_least_and_the_total_is_exact() -> None:
-    values = [torch.full((100,), v) + 1e-3 * torch.rand(100) for v in (1.0, 9.0, 8.0)]
-    counts = allotted(FisherBudget(least=0.2), [100, 100, 100], values, "0.5")
-    assert counts[0] == 20 and sum(counts) == 150
-    assert allotted(FisherBudget(least=0.5), [100, 100, 100], values, "0.3") == [30, 30, 30]
-
-
-@pytest.mark.parametrize("options", [{"least": 1.0}, {"least": -0.1}, {"over": "row"}])
-def test_nonsense_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(SecateurError):
-        FisherBudget(**options)

@@ -12,6 +12,7 @@ from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite
 from secateur.methods.grains import Columns, Grain, Matrix, NofM, Row
 from secateur.methods.joint.sparsegpt import SparseGPT, inverse_factor
+from secateur.methods.least_squares import masked_least_squares
 
 
 def site(weight: Tensor, name: str = "w") -> MatrixSite:
@@ -74,7 +75,7 @@ def literal(w: np.ndarray, x: np.ndarray, width: int, counts: list[int], damping
 )
 def test_equals_the_literal_algorithm(grain: Grain, width: int, counts: list[int]) -> None:
     w, x = case(6, 12)
-    got = SparseGPT(grain).prune(site(w), heard(x), 36)
+    got = SparseGPT(grain, polish=0).prune(site(w), heard(x), 36)
     keep, values = literal(w.numpy(), x.numpy(), width, counts)
     assert np.array_equal(got.mask.numpy(), keep)
     assert got.weight is not None
@@ -84,7 +85,7 @@ def test_equals_the_literal_algorithm(grain: Grain, width: int, counts: list[int
 @pytest.mark.parametrize("n_m", [(2, 4), (1, 4), (3, 6)])
 def test_n_of_m_equals_the_literal_algorithm(n_m: tuple[int, int]) -> None:
     w, x = case(5, 12, seed=3)
-    got = SparseGPT(NofM(*n_m)).prune(site(w), heard(x), 60 * n_m[0] // n_m[1])
+    got = SparseGPT(NofM(*n_m), polish=0).prune(site(w), heard(x), 60 * n_m[0] // n_m[1])
     keep, values = literal(w.numpy(), x.numpy(), n_m[1], [], n_m=n_m)
     assert np.array_equal(got.mask.numpy(), keep)
     np.testing.assert_allclose(got.weight.numpy(), values, atol=2e-4)
@@ -94,7 +95,7 @@ def test_n_of_m_equals_the_literal_algorithm(n_m: tuple[int, int]) -> None:
 def test_wide_matrices_go_through_matrix_products(width: int) -> None:
     w, x = case(4, 150, seed=5)
     x = x + 4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))  # well conditioned: no close calls
-    got = SparseGPT(Columns(width)).prune(site(w), heard(x), 300)
+    got = SparseGPT(Columns(width), polish=0).prune(site(w), heard(x), 300)
     sizes = [4 * min(width, 150 - a) for a in range(0, 150, width)]
     keep, values = literal(w.numpy(), x.numpy(), width, [s // 2 for s in sizes])
     assert np.array_equal(got.mask.numpy(), keep)
@@ -104,7 +105,7 @@ def test_wide_matrices_go_through_matrix_products(width: int) -> None:
 def test_removing_the_first_weight_is_exact_least_squares() -> None:
     w, x = case(1, 6, seed=1)
     w[0, 0] = 1e-3  # the cheapest by far, and first in order: all others may make up for it
-    got = SparseGPT(Matrix(), damping=1e-9).prune(site(w), heard(x), 5)
+    got = SparseGPT(Matrix(), damping=1e-9, polish=0).prune(site(w), heard(x), 5)
     target = x.double() @ w[0].double()
     best = torch.linalg.lstsq(x[:, 1:].double(), target.unsqueeze(1)).solution.squeeze(1)
     assert not got.mask[0, 0]
@@ -123,7 +124,7 @@ def test_factor_is_the_factor_of_the_inverse() -> None:
 def test_inputs_that_never_fire_lose_their_weights() -> None:
     w, x = case(6, 12, seed=2)
     x[:, [3, 7]] = 0
-    got = SparseGPT(Columns(4)).prune(site(w), heard(x), 36)
+    got = SparseGPT(Columns(4), polish=0).prune(site(w), heard(x), 36)
     keep, values = literal(w.numpy(), x.numpy(), 4, [12, 12, 12])
     assert not got.weight[:, [3, 7]].any()
     assert int(got.mask.sum()) == 36
@@ -178,7 +179,7 @@ def test_a_mask_from_elsewhere_gets_the_same_values() -> None:
 def test_the_input_is_not_changed() -> None:
     w, x = case(6, 12)
     before = w.clone()
-    SparseGPT(Columns(4)).prune(site(w), heard(x), 36)
+    SparseGPT(Columns(4), polish=0).prune(site(w), heard(x), 36)
     assert torch.equal(w, before)
 
 
@@ -204,7 +205,7 @@ def test_too_little_text_is_damped_and_nonsense_is_refused() -> None:
         inverse_factor(wrong, 0.01, "w")
     w[0, 0] = torch.inf
     with pytest.raises(SecateurError, match="weights are not finite"):
-        SparseGPT(Columns(4)).prune(site(w), heard(x), 36)
+        SparseGPT(Columns(4), polish=0).prune(site(w), heard(x), 36)
 
 
 def test_words_that_do_not_fit_are_refused() -> None:
@@ -217,3 +218,16 @@ def test_words_that_do_not_fit_are_refused() -> None:
         SparseGPT(NofM(2, 4)).prune(site(w), heard(x), 35)
     with pytest.raises(SecateurError, match="no Gram evidence"):
         SparseGPT().prune(site(w), Evidence("w", {}), 36)
+
+
+def test_polish_comes_to_least_squares_on_the_same_mask() -> None:
+    w, x = case(6, 24)
+    seen = heard(x)
+    plain, ten, many = (SparseGPT(Columns(8), polish=n).prune(site(w), seen, 72) for n in (0, 10, 400))
+    exact = masked_least_squares(seen[Gram].gram, seen[Gram].gram @ w.T, plain.mask, 0.01, w)
+    assert torch.equal(plain.mask, ten.mask) and torch.equal(plain.mask, many.mask)
+    assert torch.allclose(many.weight, exact, rtol=1e-3, atol=1e-4)
+    errors = [float(((k.weight - w) @ x.T).square().sum()) for k in (plain, ten, many)]
+    assert errors[0] > errors[1] >= errors[2] * (1 - 1e-3)
+    with pytest.raises(SecateurError, match="polish"):
+        SparseGPT(polish=-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.engine.apply import cut_layers
-from secateur.engine.probes import Evidence, Gradient, Gram, InputNorm, Probe
+from secateur.engine.probes import Evidence, Fisher, Gradient, Gram, InputNorm, Probe
 from secateur.engine.store import Store
 from secateur.errors import SecateurError
 from secateur.goals import settled
@@ -89,13 +89,11 @@ def tiled(**words: object) -> Step:
 
 
 def test_parts_know_the_grain() -> None:
-    parts = parts_of(tiled(keep="0.5", budget="rate_distortion"))
+    parts = parts_of(tiled(keep="0.5", budget="rate_distortion:by=output"))
     assert parts.needs == (Gram,) and parts.survey_needs == (Gram,)
-    parts = parts_of(Step("weight", score="wanda", keep="0.5", budget="rate_distortion"))
+    parts = parts_of(Step("weight", score="wanda", keep="0.5", budget="rate_distortion:by=output"))
     assert parts.needs == (InputNorm,) and parts.survey_needs == (InputNorm,)
-    assert parts_of(Step("ffn", score="wanda", keep="0.5", budget="rate_distortion:by=loss")).survey_needs == (
-        Gradient,
-    )
+    assert parts_of(Step("ffn", score="wanda", keep="0.5", budget="rate_distortion")).survey_needs == (Fisher,)
     assert parts_of(tiled(score="taylor_block:damping=0.1", keep="0.5")).score == TaylorBlock(Tile(4, 4), 0.1)
     with pytest.raises(SecateurError, match="option"):
         parts_of(tiled(score="output_error:grain=row", keep="0.5"))
@@ -104,7 +102,9 @@ def test_parts_know_the_grain() -> None:
 def test_the_survey_is_what_dropping_tiles_does_in_a_model() -> None:
     model = make("llama")
     ids = tokens(2, 10)
-    stage = Stage(Store.of_model(model), tiled(keep="0.5", budget="rate_distortion"), 0, Conditions(lambda: [ids]))
+    stage = Stage(
+        Store.of_model(model), tiled(keep="0.5", budget="rate_distortion:by=output"), 0, Conditions(lambda: [ids])
+    )
     stage.store.load_rest(stage.model, "cpu")
     scores = {name: value for name, value in stage.survey() if ".1." in name}
     name = "model.layers.1.mlp.down_proj.weight"
@@ -122,7 +122,9 @@ def test_the_survey_is_what_dropping_tiles_does_in_a_model() -> None:
             assert float(got[r, c]) == pytest.approx(want, rel=1e-3)
 
 
-@pytest.mark.parametrize("budget", ["uniform", "rate_distortion", "rate_distortion:by=score", "atp"])
+@pytest.mark.parametrize(
+    "budget", ["uniform", "rate_distortion", "rate_distortion:by=output", "rate_distortion:by=score", "atp"]
+)
 def test_tiles_under_a_target_in_macs(budget: str) -> None:
     model = make("llama")
     dense = size(model).macs_per_token

@@ -10,7 +10,6 @@ from secateur.methods.budgets.atp import Atp
 from secateur.methods.budgets.classes import ClassBlind, ClassDistribution, ClassUniform
 from secateur.methods.budgets.component_map import ComponentMap
 from secateur.methods.budgets.evopress import EvoPress
-from secateur.methods.budgets.fisher import Fisher
 from secateur.methods.budgets.owl import Owl
 from secateur.methods.budgets.pooled import Pooled
 from secateur.methods.budgets.rate_distortion import RateDistortion
@@ -22,7 +21,6 @@ BUDGETS: Mapping[str, type[Budget]] = MappingProxyType(
         "pooled": Pooled,
         "owl": Owl,
         "atp": Atp,
-        "fisher": Fisher,
         "rate_distortion": RateDistortion,
         "class_blind": ClassBlind,
         "class_uniform": ClassUniform,

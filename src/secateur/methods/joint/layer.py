@@ -92,7 +92,7 @@ class LayerMethod(Method):
     rows: str = "even"  # how errors of a matrix's rows count where rows compete: alike, or by the Fisher information
 
     @abstractmethod
-    def solve(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
+    def solve(self, layer: Layer) -> Sequence[tuple[Tensor, Tensor | None]]:
         """Per matrix: booleans [out, in], and the survivors' new values (None: as they were)."""
 
     def prune(self, site: MatrixSite, evidence: Evidence, count: int) -> Keep:
@@ -103,16 +103,16 @@ class LayerMethod(Method):
     ) -> list[Keep]:
         """Matrices whose evidence is the same Gram matrix share what is computed from it."""
         answers: dict[int, Keep] = {}
-        shared: dict[tuple[int, int], list[int]] = {}
-        for at, (site, seen, count) in enumerate(zip(sites, evidence, counts, strict=True)):
+        open_: list[int] = []
+        for at, (site, count) in enumerate(zip(sites, counts, strict=True)):
             shape = tuple(site.weight.shape)
             if count == self.grain.units(shape):
                 answers[at] = Keep(torch.ones_like(site.weight, dtype=torch.bool), site.weight)
             else:
                 self.grain.check(shape)
                 check_count(self.grain, shape, count)
-                shared.setdefault((id(seen[Gram]), shape[1]), []).append(at)
-        for members in shared.values():
+                open_.append(at)
+        for members in together(sites, evidence, open_):
             scales = [row_scale(evidence[at]) if self.rows == "fisher" else None for at in members]
             weighed = [_times(sites[at], scale) for at, scale in zip(members, scales, strict=True)]
             layer = Layer.of(weighed, [evidence[at] for at in members], [counts[at] for at in members])
@@ -136,6 +136,14 @@ class LayerMethod(Method):
         if layer.silent:
             return site.weight.masked_fill(~mask.to(site.weight.device), 0)
         return refit(layer.gram, layer.weights[0], mask.to(site.weight.device), min(self.damping, 0.01))
+
+
+def together(sites: Sequence[MatrixSite], evidence: Sequence[Evidence], members: Sequence[int]) -> list[list[int]]:
+    """These matrices, those that read the same input in one list."""
+    shared: dict[tuple[int, int], list[int]] = {}
+    for at in members:
+        shared.setdefault((id(evidence[at][Gram]), sites[at].weight.shape[1]), []).append(at)
+    return list(shared.values())
 
 
 ROWS = ("even", "fisher")

@@ -3,6 +3,10 @@
     error saved by keeping w_ij:   w_ij^2 / [U]_jj^2          U upper, H^-1 = U^T U,  H = X^T X + damping
     after removing w_ij:           w_i,j: -= w_ij / [U]_jj * [U]_j,j:
 
+The sweep never comes back to a column, so a survivor knows nothing of what goes after it. Ten steps of conjugate
+gradients on the survivors at the end (`polish`) make up for most of that, for a tenth of a forward pass; ``polish=0``
+is the published method.
+
 Source: Frantar & Alistarh 2023, arXiv 2301.00774, section 3 and algorithm 1 (mask by blocks of columns, n:m by
 groups of m).
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +30,8 @@ from secateur.engine.probes import Evidence
 from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite
 from secateur.methods.grains import Columns, Grain, Matrix, NofM
-from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, needs_of
+from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, check_steps, needs_of, together
+from secateur.methods.least_squares import conjugate_gradients, damped
 from secateur.methods.top import top_rows
 
 LEAF = 32  # columns updated one by one; wider runs use matrix products
@@ -41,12 +47,14 @@ class SparseGPT(LayerMethod):
     Attributes:
         grain: who competes; with ``columns:B`` the mask of each B columns is chosen when the sweep gets there.
         damping: added to the diagonal of X^T X, as a share of its mean.
+        polish: steps of conjugate gradients on the survivors at the end; 0 is the published method.
         rows: whether errors of all rows count alike (``even``), or by the Fisher information (``fisher``).
     """
 
     blind = True
     grain: Grain = field(default_factory=Columns)
     damping: float = 0.01
+    polish: int = 10
     rows: str = "even"
 
     def __post_init__(self) -> None:
@@ -57,24 +65,48 @@ class SparseGPT(LayerMethod):
                 works="columns:128 (any width), matrix or n:m",
             )
         check_damping(self.damping)
+        check_steps("polish", self.polish)
         object.__setattr__(self, "needs", needs_of(self.rows))
 
-    def solve(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
+    def solve(self, layer: Layer) -> Sequence[tuple[Tensor, Tensor | None]]:
         rows = [len(w) for w in layer.weights]
         weight, factor = self._prepared(layer)
         choose, width = self._chooser(rows, len(weight), layer.counts, factor.diagonal().clone())
         keep = sweep(weight, factor, choose, width)
+        del factor
         parts = zip(keep.split(rows, dim=1), weight.split(rows, dim=1), strict=True)
-        return [(k.T.contiguous(), w.T.contiguous()) for k, w in parts]
+        return self._polished(layer, [(k.T.contiguous(), w.T.contiguous()) for k, w in parts])
 
-    def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor:
+    def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor | None:
+        return self.reweigh_many([site], [evidence], [mask])[0]
+
+    def reweigh_many(
+        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], masks: Sequence[Tensor]
+    ) -> list[Tensor | None]:
         """The survivors' values for booleans [out, in] that were decided elsewhere."""
-        if bool(mask.all()):
-            return site.weight
-        weight, factor = self._prepared(Layer.of([site], [evidence], [0]))
-        stays = mask.T.to(weight.device)
-        sweep(weight, factor, lambda a, b, w: stays[a:b], 4 * LEAF)
-        return weight.T.contiguous()
+        out: list[Tensor | None] = [site.weight for site in sites]
+        for members in together(sites, evidence, [at for at, mask in enumerate(masks) if not bool(mask.all())]):
+            layer = Layer.of([sites[at] for at in members], [evidence[at] for at in members], [0] * len(members))
+            weight, factor = self._prepared(layer)
+            stays = torch.cat([masks[at].T.to(weight.device) for at in members], dim=1)
+            sweep(weight, factor, partial(_chosen, stays), 4 * LEAF)
+            del factor
+            rows = [len(w) for w in layer.weights]
+            parts = zip(stays.split(rows, dim=1), weight.split(rows, dim=1), strict=True)
+            found = self._polished(layer, [(k.T.contiguous(), w.T.contiguous()) for k, w in parts])
+            for at, (_, value) in zip(members, found, strict=True):
+                out[at] = value
+        return out
+
+    def _polished(self, layer: Layer, found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The survivors nearer to what keeps each matrix's own output best."""
+        if not self.polish or layer.silent:
+            return found
+        h, _ = damped(layer.gram, self.damping)
+        return [
+            (mask, conjugate_gradients(h, original @ h, mask, weight, self.polish))
+            for original, (mask, weight) in zip(layer.weights, found, strict=True)
+        ]
 
     def _prepared(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The matrices side by side, transposed [in, all rows], and U of the inputs they share."""
@@ -101,6 +133,10 @@ class SparseGPT(LayerMethod):
             return torch.cat(parts, dim=1)
 
         return choose, blocks.width
+
+
+def _chosen(stays: Tensor, a: int, b: int, weight: Tensor) -> Tensor:
+    return stays[a:b]
 
 
 def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:

@@ -5,7 +5,7 @@
     a unit                       sum of S_ij over the columns that read it
 
 The tile's error is exact; a neuron's, too (it has one column), but of a head the products between its columns are
-left out. Ranks tiles on their own, and is what `--budget rate_distortion` adds up. In a mixture of experts
+left out. Ranks tiles on their own, and is what `--budget rate_distortion:by=output` adds up. In a mixture of experts
 weights and units are weighted by the router, as Wanda's; G of tiles is not.
 
 Source: for weights Sun et al. 2023 (Wanda), arXiv 2306.11695, section 3; for tiles the same least-squares argument
