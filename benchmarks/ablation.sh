@@ -14,8 +14,9 @@ run() {
 }
 set --
 for way in "alps:rows=fisher 60% budget=rate_distortion" "wanda 60% budget=rate_distortion" \
-    "sparsegpt 60% budget=uniform" "sparsegpt 60% budget=rate_distortion" "alps 60% budget=uniform" \
-    "alps:rows=fisher 60% budget=uniform" "alps 60% budget=rate_distortion" "wanda 60% budget=uniform" \
+    "sparsegpt:polish=0 60% budget=uniform" "sparsegpt 60% budget=uniform" "sparsegpt 60% budget=rate_distortion" \
+    "alps 60% budget=uniform" "alps:rows=fisher 60% budget=uniform" "alps 60% budget=rate_distortion" \
+    "wanda 60% budget=uniform" \
     "wanda 60% budget=atp" "alps 60% budget=atp" "sparsegpt 60% budget=atp" \
     "wanda 60% budget=owl" "alps 60% budget=owl" "sparsegpt 60% budget=owl"; do
     for repair in "" " repair=block_reconstruction" " repair=least_squares"; do
@@ -24,7 +25,7 @@ for way in "alps:rows=fisher 60% budget=rate_distortion" "wanda 60% budget=rate_
 done
 run ablation.json "$@"
 set --
-for way in "alps:rows=fisher 60% budget=rate_distortion" "sparsegpt 60%" "wanda 60%"; do
+for way in "alps:rows=fisher 60% budget=rate_distortion" "sparsegpt:polish=0 60%" "sparsegpt 60%" "wanda 60%"; do
     for text in "" " text=builtin"; do
         for seed in 0 1 2; do
             set -- "$@" "$way$text seed=$seed bf16"

@@ -2,7 +2,7 @@
 
 Evidence is gathered once, on the dense model's own activations; every budget then decides from it, the model is masked,
 measured on held-out builtin text (8 windows of 512 tokens) and restored. Pruned block by block, each block fed by
-the pruned ones before it, the figures differ; between budgets it is the same comparison.
+the pruned ones before it, the figures differ; between budgets it is the same comparison. Rows that OUT has are left.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ def main(out: Path) -> None:
     text = calibration(TextSource("builtin", samples=16, length=256), tokenizer)
     windows = test_windows(pack(tokenizer, documents("builtin", "test")), 8, 512)
     conditions = Conditions(lambda: batches_of(text, 4))
-    rows: dict[str, float] = {}
-    for name, (step, budgets) in ROWS.items():
+    rows: dict[str, float] = json.loads(out.read_text("utf-8"))["perplexity"] if out.is_file() else {}
+    for name, (step, every) in ROWS.items():
+        budgets = tuple(b for b in every if f"{name}, {b}" not in rows)
+        if not budgets:
+            continue
         dial = Dial(store, step, 0, conditions, windows)
         rows.setdefault("dense", dial.perplexity(Decimal(0)))
         told, needs = dial.stage.whole.tell((Fisher,)), (Gram, InputNorm)

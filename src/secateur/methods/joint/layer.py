@@ -120,7 +120,7 @@ class LayerMethod(Method):
             for at, scale, (mask, weight) in zip(members, scales, solved, strict=True):
                 if weight is not None:
                     weight = weight.masked_fill_(~mask, 0)
-                    weight = weight if scale is None else weight.div_(scale)
+                    weight = weight if scale is None else weight.div_(scale.to(weight.device))
                 answers[at] = Keep(mask, weight)
         return [answers[at] for at in range(len(sites))]
 
