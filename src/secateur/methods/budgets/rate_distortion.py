@@ -25,8 +25,8 @@ ranks by the same score (and for `wanda` within rows), and a guess elsewhere.
 
 Measured on SmolLM2 (`benchmarks/results/allocation.json`; Wanda 60 %): uniform 61.9, by loss 46.3, by output 88.9, by
 Wanda's own score 18,314. A matrix's own error, even a relative one, hardly sees the other weights where one input
-channel is huge, and nearly all of them go (down_proj of layers 2, 11 and 28). Tiles of 16 x 16 at 30 %, where every model
-is broken: uniform 1902, by loss 4025, by output 108,754; ranked by `fisher` 986, 1972 and 22,595. `atp` is best there.
+channel is huge, and nearly all of them go (down_proj of layers 2, 11 and 28). Tiles of 16 x 16 at 30 %, where every
+model is broken: uniform 1902, by loss 4025, by output 108,754; ranked by `fisher` 986, 1972 and 22,595. `atp` is best.
 """
 
 from __future__ import annotations
