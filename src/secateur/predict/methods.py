@@ -160,7 +160,8 @@ def method_bytes(method: Method, rows: Sequence[int], n: int, share: float) -> i
     if isinstance(method, DSnoT):
         return max(method_bytes(start_from(method.start, method.grain), rows, n, share), 6 * one + all_ // 4)
     if Gram in method.needs:  # SparseGPT, and strangers
-        return max(4 * square + all_, 2 * square + 2 * all_ + all_ // 4, 2 * square + 2 * all_ + all_ // 4 + 7 * one)
+        polish = 7 * one if isinstance(method, SparseGPT) and method.polish else 0
+        return max(4 * square + all_, 2 * square + 2 * all_ + all_ // 4 + polish)
     return 2 * one
 
 

@@ -171,6 +171,8 @@ def _step(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed) -
     seconds = _gather(run, first, parts.ranking.needs, own, head, at, dense=True) if surveys else 0.0
     if step.space != "layer":
         needs = parts.needs_of(choosing=not replayed, fitting=True)
+        if surveys:  # what the whole model told the survey is not asked again
+            needs = tuple(p for p in needs if p.kind != "gradient" or p not in parts.ranking.needs)
         seconds += _gather(run, first, needs, own, head, at, dense=parts.fit_on == "dense") + _mend(
             run, first, parts, own, at
         )
@@ -205,7 +207,7 @@ def _gather(
     seconds = 0.0
     if Gradient in needs:
         seconds += tokens * (GRADIENT * own + 2 * head) * at.product * OVERHEAD
-    if Fisher in needs and (dense or Fisher not in first.parts.survey_needs):  # made once
+    if Fisher in needs:
         some = min(FISHER_WINDOWS, run.recipe.text.samples) * run.recipe.text.length / run.world.size
         seconds += some * (GRADIENT * own * at.fitted + 2 * head * at.product) * OVERHEAD
     walking = walked(needs)

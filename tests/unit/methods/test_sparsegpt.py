@@ -179,7 +179,7 @@ def test_a_mask_from_elsewhere_gets_the_same_values() -> None:
 def test_the_input_is_not_changed() -> None:
     w, x = case(6, 12)
     before = w.clone()
-    SparseGPT(Columns(4), polish=0).prune(site(w), heard(x), 36)
+    SparseGPT(Columns(4)).prune(site(w), heard(x), 36)
     assert torch.equal(w, before)
 
 
@@ -205,7 +205,7 @@ def test_too_little_text_is_damped_and_nonsense_is_refused() -> None:
         inverse_factor(wrong, 0.01, "w")
     w[0, 0] = torch.inf
     with pytest.raises(SecateurError, match="weights are not finite"):
-        SparseGPT(Columns(4), polish=0).prune(site(w), heard(x), 36)
+        SparseGPT(Columns(4)).prune(site(w), heard(x), 36)
 
 
 def test_words_that_do_not_fit_are_refused() -> None:
