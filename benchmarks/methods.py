@@ -37,12 +37,7 @@ from secateur.stage import Conditions, Nowhere, Stage
 from secateur.step import Step
 from weights import PROMPT, dense_pass
 
-LEVELS: dict[str, dict[str, Any]] = {
-    "50%": {"sparsity": "50%"},
-    "60%": {"sparsity": "60%"},
-    "70%": {"sparsity": "70%"},
-    "2:4": {"grain": "2:4"},
-}
+LEVELS = ("50%", "60%", "70%", "2:4")
 WAYS: dict[str, dict[str, Any]] = {
     "magnitude": {"score": "magnitude", "grain": "matrix"},
     "wanda": {"score": "wanda"},
@@ -58,6 +53,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "alps-mix": {"method": "alps", "fit_on": "mix"},
     "alps-dense": {"method": "alps", "fit_on": "dense"},
     "alps+local": {"method": "alps", "repair": "local_reconstruction"},
+    "fisher": {"score": "fisher"},
+    "output_error": {"score": "output_error"},
+    "taylor_block": {"score": "taylor_block"},
 }
 ORDER = ("magnitude", "wanda", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot", "obs", "swaps+ls", "sparsegpt+ls")
 KL_WINDOWS, ITEMS = 16, 500
@@ -65,10 +63,11 @@ KL_WINDOWS, ITEMS = 16, 500
 
 def words_of(row: str) -> tuple[dict[str, Any], dict[str, str]]:
     """``WAY[:OPTIONS] LEVEL [word=value ...] [seed=N] [text=SOURCE] [bf16]`` as the step's words and, apart, what it
-    runs under: seed, text, and the dtype of the forward passes. Options are those of the way's method or score."""
+    runs under: seed, text, and the dtype of the forward passes. A level is a sparsity or n:m; options are those of the
+    way's method or score."""
     way, level, *more = row.split()
     way, colon, options = way.partition(":")
-    words = {**WAYS[way], **LEVELS[level]}
+    words = {**WAYS[way], ("sparsity" if level.endswith("%") else "grain"): level}
     chosen = "method" if "method" in words else "score"
     words[chosen] += colon + options
     under = {"dtype": "fp32"}

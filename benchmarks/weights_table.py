@@ -15,17 +15,19 @@ from secateur.effort import CHAINS
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "docs" / "weights.md"
-LEVELS = ("50%", "60%", "70%", "2:4")
+LEVELS = ("50%", "60%", "70%", "2:4", "4:8")
 NAMES = {
     "magnitude": "magnitude, whole matrix", "wanda": "Wanda", "ria": "RIA", "wanda+ls": "Wanda, then least squares",
     "sparsegpt": "SparseGPT", "sparsegpt+ls": "SparseGPT, then least squares", "dsnot": "DSnoT", "admm": "ADMM",
     "obs": "exact sets (OBS)", "swaps+ls": "Wanda, swaps, then least squares", "alps": "ALPS",
+    "output_error": "output error", "taylor_block": "Taylor of tiles", "fisher": "Fisher information",
 }  # fmt: skip
 REPAIRS = {
     "least_squares": "least squares", "local_reconstruction": "local reconstruction",
     "block_reconstruction": "block reconstruction",
 }  # fmt: skip
 OPTIONS = {"rows=fisher": "rows weighed by Fisher information", "polish=0": "as published"}
+TILES = " grain=tile:16x16"
 HEAD = """# Weights without training, measured
 
 <!-- Written by benchmarks/weights_table.py from benchmarks/results; do not edit. -->
@@ -37,6 +39,7 @@ decoder over the calibration text in the same process, CPU seconds. Memory is th
 dash was not run. Reproduce with `make bench-methods` and `make bench-weights`; generated text stands beside every
 number in `benchmarks/results`.
 """
+TILED = """Tiles of 16 x 16 weights go whole, so that a dense kernel can leave them out. Same protocol, dense 25.18."""
 SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense
 22.8, bf16 forwards), so comparable with each other only: `sh benchmarks/ablation.sh`."""
 TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
@@ -125,9 +128,20 @@ def efforts(ways: Mapping[str, dict[str, Any]]) -> Iterable[tuple[str, dict[str,
             yield f"**`--effort {name}`**: {said(key_of(free))}", own
 
 
+def tiles() -> list[str]:
+    """Rows that prune tiles, one a line: their levels differ."""
+    out = head("score", "sparsity", "perplexity, KL, PIQA", "fwd", "greedy text")
+    for name, row in read("methods.json")["rows"].items():
+        if TILES in name:
+            level, key = apart(name.replace(TILES, ""))
+            told = cell(row).replace("<br>", ", ")
+            out.append(cells(said(key), level, told, f"{row['fwd']:.1f}", row["text"].strip()[:60].replace("|", "")))
+    return out
+
+
 def table() -> list[str]:
     out = head("method", *LEVELS, "fwd", "peak GB")
-    ways = everything()
+    ways = {key: own for key, own in everything().items() if TILES.strip() not in key}
     chains = {frozenset(key_of(words).split()) for both in CHAINS.values() for words in both} - {frozenset(["alps"])}
     keys = sorted(ways, key=lambda k: (list(NAMES).index(k.split()[0].partition(":")[0]), len(k)))
     plain = [(said(key), ways[key]) for key in keys if frozenset(key.split()) not in chains]
@@ -175,6 +189,7 @@ def section(title: str, text: str, lines: Sequence[str]) -> list[str]:
 
 def page() -> str:
     out = [HEAD.rstrip(), "", *table()]
+    out += section("Tiles", TILED, tiles())
     out += section("What choice, allocation and repair bring", SMALL, ablation())
     out += section("Seeds and texts", TEXTS, sensitivity())
     return "\n".join(out) + "\n"

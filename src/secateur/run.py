@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from secateur.account import Clock, file_hash, predictions, provenance, step_record, tensor_hash
 from secateur.cliff import curve_of, within_bound
 from secateur.engine.apply import ConfigChange, updated_config
+from secateur.engine.backward import GROUP
 from secateur.engine.checkpoint import load
 from secateur.engine.decode import self_text
 from secateur.engine.distribute import World, world
@@ -26,6 +27,7 @@ from secateur.engine.host.origin import PACKAGED, Origin, read_tokenizer, resolv
 from secateur.engine.outcome import outcome_of
 from secateur.engine.packed import refuse_packed
 from secateur.engine.plan import Plan, keeps_of
+from secateur.engine.probes import Gradient
 from secateur.engine.store import RECORD, Store
 from secateur.engine.text import calibration, check_disjoint, documents, test_windows
 from secateur.engine.text import pack as packed_text
@@ -378,13 +380,19 @@ class _Run:
 
     @property
     def _spill(self) -> Path | None:
-        """Where activations go when they would take more than a quarter of the memory that is free."""
+        """Where activations and gradients go when they would take more than a quarter of the memory that is free."""
         import psutil
 
         from secateur.engine.write import work_dir
 
-        text, sets = self.recipe.text, max(parts_of(step).held for step in self.steps)
-        needed = sets * text.samples * text.length * self._hidden_size * 4 // self.world.size
+        text, parts = self.recipe.text, [parts_of(step) for step in self.steps]
+        window = text.length * self._hidden_size * 4
+        needed = max(p.held for p in parts) * text.samples * window // self.world.size
+        backwards = {probe for p in parts for probe in (*p.needs, *p.survey_needs) if probe.kind == "gradient"}
+        if backwards and self._hidden_size:
+            needed = max(needed, (self.store.blocks + 1) * min(GROUP, text.samples) * window)
+        if Gradient in backwards and self._hidden_size:
+            needed = max(needed, 4 * self.store.parameters)
         return work_dir(self.out) / "activations" if needed > psutil.virtual_memory().available // 4 else None
 
     @property

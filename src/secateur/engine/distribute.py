@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from secateur.engine.probes import Probe
 from secateur.errors import SecateurError
@@ -43,6 +44,11 @@ class World:
                 value = probe.sums[name].contiguous()
                 dist.all_reduce(value, op=how)
                 probe.sums[name] = value
+
+    def add(self, sums: Iterable[Tensor]) -> None:
+        """All-reduce these tensors in place, in the same order in every process."""
+        for value in sums if self.size > 1 else ():
+            dist.all_reduce(value)
 
     def wait(self) -> None:
         """Wait until every process is here (the first one has written its files)."""

@@ -1,72 +1,81 @@
-"""Gradients of the language-model loss with respect to every prunable matrix: the whole model, one backward a batch."""
+"""Gradients of the language-model loss with respect to every prunable matrix, summed over the calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from secateur.anatomy.types import Anatomy
+from secateur.engine.backward import Backward
 from secateur.engine.distribute import World
 from secateur.engine.ear import site_name
 from secateur.engine.probes import Gradient, Probe
-from secateur.engine.store import Store
 from secateur.errors import SecateurError
 
 
-def gradients(
-    store: Store,
-    anatomy: Anatomy,
-    batches: Sequence[Tensor],
-    world: World,
-    tick: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Probe]:
-    """Sum over batches of d loss / d W for each matrix, by site name.
+def gradients(back: Backward, batches: Sequence[Tensor], world: World) -> dict[str, Probe]:
+    """Sum over windows of d loss / d W for each matrix, by site name; the loss is a window's mean cross-entropy of the
+    next token (of the token itself in a model that sees both sides).
 
-    The model is loaded whole in fp32 and let go again; one window at a time goes through it, and of a block only
-    its input is kept for the way back. The loss is the mean next-token cross-entropy of a window.
+    The sums, in fp32, are as large as the matrices; where hidden states are spilled they lie in a file, too, which
+    the system reads and drops as it needs memory.
+
+    Args:
+        back: the way back through the model.
+        batches: all processes' token ids [batch, length].
+        world: this process among those that share the text.
 
     Raises:
-        SecateurError: the model has no language-model loss (a plain encoder).
+        SecateurError: the model has no language-model loss (a plain encoder), or the disk is full.
     """
-    model: Any = store.skeleton()
-    store.load_whole(model)
-    model.requires_grad_(False)
-    for block in model.get_submodule(anatomy.path):
-        # not the host's own checkpointing: it asks for training mode, and then some blocks drop out
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    weights = {}
-    for block in anatomy.blocks:
+    windows = [window.unsqueeze(0) for batch in world.mine(batches) for window in batch]
+    shift = int(getattr(back.model.config, "is_decoder", True) is not False)
+
+    def loss(number: int, logits: Tensor) -> Tensor:
+        ids = windows[number][0]
+        return torch.nn.functional.cross_entropy(logits[: len(ids) - shift], ids[shift:])
+
+    sums: dict[tuple[int, str], Tensor] = {}
+    for block in back.anatomy.blocks:
+        module = back.model.get_submodule(block.name)
         for m in block.matrices:
-            weights[block.index, m] = model.get_submodule(block.name).get_parameter(m.tensor).requires_grad_(True)
-    windows = [w for batch in world.mine(batches) for w in batch]
-    for done, window in enumerate(windows, 1):
-        ids = window.unsqueeze(0)
-        out = model(input_ids=ids, use_cache=False)
-        if getattr(out, "logits", None) is None:
-            raise SecateurError(
-                f"{type(model).__name__} has no language-model loss to differentiate",
-                works="use a score that needs no gradient (wanda, magnitude)",
-            )
-        shift = int(getattr(model.config, "is_decoder", True) is not False)
-        logits = out.logits[0, : ids.shape[1] - shift].float()
-        torch.nn.functional.cross_entropy(logits, ids[0, shift:]).backward()
-        tick(done, len(windows))
+            sums[block.index, m.tensor] = room(module.get_parameter(m.tensor).shape, back.spill)
+    for turn in back.turns(windows, loss):
+        for m, grad in zip(turn.block.matrices, turn.grads, strict=True):
+            sums[turn.block.index, m.tensor] += grad.cpu()
+    count = torch.tensor(float(len(windows)), dtype=torch.float64)
+    world.add([count, *sums.values()])
     probes: dict[str, Probe] = {}
-    for (index, m), weight in weights.items():
-        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        for e in range(m.experts) if m.experts else [None]:
-            probe = Gradient()
-            probe.sums = {
-                "gradient": m.view(grad, e or 0).contiguous(),
-                "batches": torch.tensor(float(len(windows)), dtype=torch.float64),
-            }
-            probes[site_name(anatomy.blocks[index], m.tensor, e)] = probe
-        weight.requires_grad_(False)
-        weight.grad = None
-    world.add_up(probes[name] for name in sorted(probes))
+    for block in back.anatomy.blocks:
+        for m in block.matrices:
+            for e in range(m.experts) if m.experts else [None]:
+                probe = probes[site_name(block, m.tensor, e)] = Gradient()
+                probe.sums = {"gradient": m.view(sums[block.index, m.tensor], e or 0), "batches": count}
     return probes
+
+
+def room(shape: torch.Size, directory: Path | None) -> Tensor:
+    """Zeros, fp32: in memory, or in a file without a name in that directory, which goes when the tensor does.
+
+    Raises:
+        SecateurError: the disk is full.
+    """
+    if directory is None or not shape.numel():
+        return torch.zeros(shape)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * shape.numel())  # now, not in the middle of a sum
+            held = mmap.mmap(file.fileno(), 4 * shape.numel())
+    except OSError as e:
+        raise SecateurError(
+            f"gradients could not be spilled: {e.strerror}",
+            received=str(directory),
+            works="free some space beside the output, or use a score that needs no gradient (wanda, magnitude)",
+        ) from e
+    return torch.frombuffer(held, dtype=torch.float32).reshape(shape)

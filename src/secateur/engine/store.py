@@ -161,6 +161,11 @@ class Store:
         other.raw = merged_config(self.raw, self.config, fields, {})
         return other
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, those that are shared once."""
+        return sum(p.numel() for p in self._model.parameters())
+
     def skeleton(self) -> nn.Module:
         """A fresh model on the meta device, at the checkpoint's own sizes."""
         memo: dict[int, Any] = {}

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from secateur.anatomy.types import Anatomy
+from secateur.engine.backward import Backward
 from secateur.engine.distribute import World
 from secateur.engine.fisher import fisher
 from secateur.engine.gradients import gradients
 from secateur.engine.probes import Fisher, Gradient, Probe
 from secateur.engine.store import Store
-from secateur.engine.walk import WalkSettings
+from secateur.engine.walk import multiplies_bf16
 
 Told = Mapping[str, Mapping[type[Probe], Probe]]  # by site name and probe class
 
@@ -53,17 +54,17 @@ class Whole:
         return found
 
     def _made(self, kind: type[Probe]) -> dict[str, Probe]:
-        text, name = self.batches(), kind.__name__.lower()
+        able = kind is Fisher and multiplies_bf16(self.device)  # it only weighs errors
+        back = Backward(
+            self.model,
+            self.anatomy,
+            self.store,
+            self.device,
+            torch.bfloat16 if able else torch.float32,
+            self.spill,
+            partial(self.tick, kind.__name__.lower()),
+        )
         if kind is Gradient:
-            return gradients(self.store, self.anatomy, text, self.world, partial(self.tick, name))
+            return gradients(back, self.batches(), self.world)
         assert kind is Fisher
-        done, total = 0, 2 * len(self.anatomy.blocks)
-
-        def tick(n: int) -> None:
-            nonlocal done
-            done += n
-            self.tick(name, done, total)
-
-        tick(0)
-        how = WalkSettings(device=self.device, spill=self.spill, world=self.world, tick=tick)
-        return fisher(self.model, self.anatomy, self.store, text, how, self.seed)
+        return fisher(back, self.batches(), self.world, self.seed)

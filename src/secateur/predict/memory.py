@@ -10,8 +10,8 @@ from torch import nn
 
 from secateur.anatomy.types import Block, Matrix
 from secateur.cliff import curve_step
-from secateur.engine.fisher import FISHER_WINDOWS
-from secateur.engine.probes import Fisher, Gradient, Probe, walked
+from secateur.engine.backward import GROUP
+from secateur.engine.probes import Gradient, Probe, walked
 from secateur.measure.passes import LOGIT_BYTES
 from secateur.methods.mending import read_matrices
 from secateur.methods.repairs.least_squares import LeastSquares
@@ -51,12 +51,11 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
     phases.append({"outside the blocks": outside, "activations": activations})
     phases.append({"outside the blocks": outside, "a tensor as stored": 0 if held else _largest(run)})
     asked = {*first.parts.needs, *first.parts.survey_needs}
-    if Fisher in asked:
+    if any(probe.kind == "gradient" for probe in asked):
         phases += _back(run, first, blocks, outside)
-    if Gradient in asked:
+    if Gradient in asked:  # spilled ones are read while blocks are decided, and count as long as memory is free
         grads = 4 * sum(m.numel for b in first.anatomy.blocks for m in b.matrices)
-        phases.append({"model to differentiate": sum(blocks) + outside, "gradients": grads, "logits": 3 * _logits(run)})
-        for parts in phases[:2]:
+        for parts in phases:
             parts["gradients"] = grads
     turned = [curve_step(run.steps[0])] if run.recipe.curve and not run.how.only_plan else []
     for step in [*turned, *(step for step in run.steps if step.worse is not None)]:
@@ -133,8 +132,8 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
 
 
 def _back(run: _Run, first: Stage, blocks: list[int], outside: int) -> list[dict[str, int]]:
-    """The way back through the model for the Fisher information: at the head, and at a block."""
-    length, some = run.recipe.text.length, -(-min(FISHER_WINDOWS, run.recipe.text.samples) // run.world.size)
+    """The way back through the model for gradients or the Fisher information: at the head, and at a block."""
+    length, some = run.recipe.text.length, min(GROUP, run.recipe.text.samples)
     widest = max(max(m.shape) for b in first.anatomy.blocks for m in b.matrices)
     kept = 0 if run._spill else (len(blocks) + 1) * some * length * _hidden(run) * 4
     there = {"outside the blocks": outside, "what went into the blocks": kept}

@@ -12,19 +12,14 @@ from transformers import BertModel
 
 import secateur.engine.fisher as module
 from secateur.anatomy import anatomy_of
-from secateur.engine.distribute import seeded
+from secateur.engine.backward import Backward
+from secateur.engine.distribute import World, seeded
 from secateur.engine.fisher import fisher
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.probes import Fisher, Probe
 from secateur.engine.store import Store
-from secateur.engine.walk import WalkSettings
 from secateur.errors import SecateurError
 from whole_toys import CONFIGS, make, tokens
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "multiplies_bf16", lambda device: False)
 
 
 def estimated(model: Any, batches: list[Tensor], spill: Path | None = None) -> dict[str, Probe]:
@@ -32,7 +27,7 @@ def estimated(model: Any, batches: list[Tensor], spill: Path | None = None) -> d
     skeleton = store.skeleton()
     store.load_rest(skeleton)
     anatomy = anatomy_of(describe_skeleton(skeleton))
-    return fisher(skeleton, anatomy, store, batches, WalkSettings(spill=spill))
+    return fisher(Backward(skeleton, anatomy, store, spill=spill), batches, World())
 
 
 def exact(model: Any, ids: Tensor, name: str) -> Tensor:

@@ -28,6 +28,7 @@ from secateur.methods.base import Part, PartRepair
 
 WITNESSES = 8  # windows that the error is measured on, before and after
 PRODUCTS = ("auto", "bf16", "walk")
+FUSED = ("cpu", "cuda")  # devices whose Adam steps all weights at once
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class LocalReconstruction(PartRepair):
             rates.append(self.rate * float(size))
             masks.append(mask)
         steps, done = self.passes * part.examples, 0
-        adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
         device = next(iter(part.weights.values())).device
+        fused = device.type in FUSED  # all of a step in one pass over the weights: a fifth of the time of a small block
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=fused)
         dtype = self.dtype(device) or torch.float32
         for w in part.weights.values():
             w.requires_grad_(True)
