@@ -13,16 +13,18 @@ run() {
         --windows 16 --threads "${THREADS:-2}" --out "$out/$file" --rows "$@"
 }
 set --
-for way in "alps:rows=fisher 60% budget=rate_distortion" "wanda 60% budget=rate_distortion" \
-    "sparsegpt:polish=0 60% budget=uniform" "sparsegpt 60% budget=uniform" "sparsegpt 60% budget=rate_distortion" \
-    "alps 60% budget=uniform" "alps:rows=fisher 60% budget=uniform" "alps 60% budget=rate_distortion" \
-    "wanda 60% budget=uniform" \
-    "wanda 60% budget=atp" "alps 60% budget=atp" "sparsegpt 60% budget=atp" \
-    "wanda 60% budget=owl" "alps 60% budget=owl" "sparsegpt 60% budget=owl"; do
-    for repair in "" " repair=block_reconstruction" " repair=least_squares"; do
-        set -- "$@" "$way$repair bf16"
+for budget in uniform rate_distortion atp owl; do
+    for way in wanda sparsegpt alps; do
+        set -- "$@" "$way 60% budget=$budget bf16" "$way 60% budget=$budget repair=block_reconstruction bf16"
     done
+    set -- "$@" "wanda 60% budget=$budget repair=least_squares bf16" # the others' survivors are fitted already
 done
+for budget in uniform rate_distortion; do
+    way="alps:rows=fisher 60% budget=$budget"
+    set -- "$@" "$way bf16" "$way repair=block_reconstruction bf16"
+done
+way="sparsegpt:polish=0 60% budget=uniform"
+set -- "$@" "$way bf16" "$way repair=least_squares bf16"
 run ablation.json "$@"
 set --
 for way in "alps:rows=fisher 60% budget=rate_distortion" "sparsegpt:polish=0 60%" "sparsegpt 60%" "wanda 60%"; do

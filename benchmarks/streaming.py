@@ -81,7 +81,8 @@ def main() -> None:
     report = json.loads((out / "report.json").read_text())
     print(f"layers {args.layers}: predicted {predicted / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB "
           f"({predicted / peak - 1:+.0%}), of the run itself {report['provenance']['peak_rss'] / 1e9:.2f} GB; "
-          f"phases {report['provenance']['phases']}; predicted parts {said['dry_run']['ram']}")  # fmt: skip
+          f"seconds {report['provenance']['phases']}, predicted {said['dry_run']['phases']}; "
+          f"predicted parts {said['dry_run']['ram']}")  # fmt: skip
     if not args.keep:
         shutil.rmtree(model)
         shutil.rmtree(out)
