@@ -112,11 +112,13 @@ def main() -> None:
             done = subprocess.run(words, capture_output=True, text=True, check=True)
             old.setdefault("tall", {})[name] = json.loads(done.stdout)
             args.out.write_text(json.dumps(old, indent=1) + "\n")
+    spent = {name: {int(w): f["cpu"] for w, f in found.items()} for name, found in rows.items()}
+    old["exponents"] = {name: exponent(seconds) for name, seconds in spent.items() if len(seconds) > 1}
+    args.out.write_text(json.dumps(old, indent=1) + "\n")
     print("| method | " + " | ".join(f"{w} x {w}, s" for w in args.widths) + " | exponent |")
-    for name, found in rows.items():
-        seconds = {int(w): f["cpu"] for w, f in found.items()}
+    for name, seconds in spent.items():
         told = " | ".join(f"{s:.2f}" for s in seconds.values())
-        print(f"| {name} | {told} | {exponent(seconds):.2f} |" if len(seconds) > 1 else f"| {name} | {told} | |")
+        print(f"| {name} | {told} | {old['exponents'].get(name, math.nan):.2f} |")
     for name, found in old.get("tall", {}).items():
         print(f"{name}, 11008 x 4096: {found['cpu']:.0f} s, peak {found['peak'] / 2**30:.2f} GiB "
               f"(before it {found['before'] / 2**30:.2f})")  # fmt: skip

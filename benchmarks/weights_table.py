@@ -45,6 +45,10 @@ SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 ca
 TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
 (Python's help topics):"""
 
+COST = """CPU seconds to prune half of a random matrix's weights, in one thread, X^T X given. Factorising it grows with
+the cube of the width; cubic work for every row would be a power of 4. GiB is what the process grew by:
+`make bench-cost`."""
+
 
 def read(name: str) -> dict[str, Any]:
     path = HERE / "results" / name
@@ -183,6 +187,22 @@ def sensitivity() -> list[str]:
     return out
 
 
+def growth() -> list[str]:
+    """Seconds of a method on square matrices, what power of the width they grow with, and one tall matrix."""
+    found = read("method_cost.json")
+    rows: dict[str, dict[str, Any]] = found.get("square", {})
+    widths = sorted({int(w) for own in rows.values() for w in own})
+    out = head("method", *(f"{w} x {w}, s" for w in widths), "grows with width to the", "11008 x 4096, s", "GiB")
+    for name, own in rows.items():
+        seconds = {int(w): f["cpu"] for w, f in own.items()}
+        told = [f"{seconds[w]:.2f}" if w in seconds else "–" for w in widths]
+        tall = found.get("tall", {}).get(name)
+        told += [f"{found['exponents'][name]:.1f}" if name in found["exponents"] else "–"]
+        told += [f"{tall['cpu']:.0f}", f"{(tall['peak'] - tall['before']) / 2**30:.2f}"] if tall else ["–", "–"]
+        out.append(cells(name, *told))
+    return out
+
+
 def section(title: str, text: str, lines: Sequence[str]) -> list[str]:
     return ["", f"## {title}", "", *text.splitlines(), "", *lines] if len(lines) > 2 else []
 
@@ -192,6 +212,7 @@ def page() -> str:
     out += section("Tiles", TILED, tiles())
     out += section("What choice, allocation and repair bring", SMALL, ablation())
     out += section("Seeds and texts", TEXTS, sensitivity())
+    out += section("How cost grows", COST, growth())
     return "\n".join(out) + "\n"
 
 
