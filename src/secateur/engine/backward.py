@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy, Block
+from secateur.engine.heap import give_back
 from secateur.engine.host.capture import Captured, capture, finish, hidden_of, move_call, run_block
 from secateur.engine.walk import Activations, Source, products_in
 from secateur.errors import SecateurError
@@ -32,7 +33,7 @@ class Turn:
 
     Attributes:
         block: its anatomy.
-        weights, grads: of its matrices (`Block.matrices`, in that order), shaped as stored.
+        weights, grads: of its matrices (`Block.matrices`, in that order), shaped as stored. Gradients go with the turn.
         tokens: of the window.
     """
 
@@ -108,6 +109,7 @@ class Backward:
                     front.append(x)
                     ends[w] = self._run(i, captured, w, x.to(self.device)).cpu()
             self.source.release_block(self.model, i)
+            give_back()
             passed()
         return ends
 
@@ -127,11 +129,14 @@ class Backward:
                 slopes[w] = found[0].cpu()
                 own = zip(weights, found[1:], strict=True)
                 grads = [torch.zeros_like(weight) if grad is None else grad for weight, grad in own]
+                del found, own
                 yield Turn(block, weights, grads, x.shape[1])
+                grads.clear()  # before the next window's come
             for weight in weights:
                 weight.requires_grad_(False)
             self.source.release_block(self.model, i)
             fronts[i].clear()
+            give_back()
             passed()
 
     def _slope(self, ids: Tensor, hidden: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:

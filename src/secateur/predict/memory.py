@@ -140,7 +140,7 @@ def _back(run: _Run, first: Stage, blocks: list[int], outside: int) -> list[dict
     back = length * 4 * (WAY_BACK * widest + WIDTHS * _hidden(run))
     return [
         there | {"logits": 4 * length * vocabulary(run.store.config) * 4},
-        there | {"a block and its gradients": 2 * max(blocks), "what its way back needs": back},
+        there | {"a block, its gradients, both in bf16": 3 * max(blocks), "what its way back needs": back},
     ]
 
 
