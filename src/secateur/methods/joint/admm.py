@@ -37,7 +37,8 @@ class ADMM(LayerMethod):
         damping: added to the unit diagonal of the scaled X^T X.
         iterations, gradual: how many, and over how many of them the mask shrinks (0: the final mask at once).
         polish: steps of conjugate gradients on the survivors at the end.
-        rows: whether errors of all rows count alike (``even``), or by the Fisher information (``fisher``).
+        rows: whether errors of all rows count alike (``even``), by their Fisher information (``fisher``), or by its
+            ``root``, half way between.
     """
 
     grain: Grain = field(default_factory=Matrix)

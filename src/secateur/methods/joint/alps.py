@@ -42,7 +42,8 @@ class ALPS(LayerMethod):
         damping: added to the diagonal of X^T X, as a share of its mean.
         every: iterations under each penalty; twice as many find a support with 1 to 2 % less error.
         polish: steps of conjugate gradients on the survivors.
-        rows: whether errors of all rows count alike (``even``), or by the Fisher information (``fisher``).
+        rows: whether errors of all rows count alike (``even``), by their Fisher information (``fisher``), or by its
+            ``root``, half way between.
     """
 
     grain: Grain = field(default_factory=Matrix)

@@ -6,9 +6,10 @@ minimise over masks and weights:   sum over rows |X w - X w0|^2  =  (w - w0)^T (
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -89,7 +90,7 @@ class LayerMethod(Method):
     blind: ClassVar[bool] = False  # whether `solve` knows what to do where no token was seen
     grain: Grain
     damping: float
-    rows: str = "even"  # how errors of a matrix's rows count where rows compete: alike, or by the Fisher information
+    rows: str = "even"  # how errors of a matrix's rows count where rows compete: a word of `ROWS`
 
     @abstractmethod
     def solve(self, layer: Layer) -> Sequence[tuple[Tensor, Tensor | None]]:
@@ -113,7 +114,7 @@ class LayerMethod(Method):
                 check_count(self.grain, shape, count)
                 open_.append(at)
         for members in together(sites, evidence, open_):
-            scales = [row_scale(evidence[at]) if self.rows == "fisher" else None for at in members]
+            scales = [row_scale(evidence[at], self.rows) if ROWS[self.rows] else None for at in members]
             weighed = [_times(sites[at], scale) for at, scale in zip(members, scales, strict=True)]
             layer = Layer.of(weighed, [evidence[at] for at in members], [counts[at] for at in members])
             solved = self._largest(layer) if layer.silent and not self.blind else self.solve(layer)
@@ -146,20 +147,24 @@ def together(sites: Sequence[MatrixSite], evidence: Sequence[Evidence], members:
     return list(shared.values())
 
 
-ROWS = ("even", "fisher")
-FAINTEST = 1e-3  # least weight of a row, as a share of the root mean square over rows
+ROWS: Mapping[str, float] = MappingProxyType({"even": 0.0, "root": 0.5, "fisher": 1.0})  # power of the information
+FAINTEST = 1e-4  # least information of a row, as a share of the mean over rows
 
 
-def row_scale(evidence: Evidence) -> Tensor:
+def row_scale(evidence: Evidence, rows: str) -> Tensor:
     """What a matrix's rows are multiplied by so that squared errors count as the model's answers feel them: [out, 1].
 
-    The roots of the Fisher information of each row, brought to a mean square of one.
+        (F_r / mean of F) ^ (power / 2),    F_r a row's Fisher information; power 1 for ``fisher``, 1/2 for ``root``
+
+    The Fisher information tells of small errors. The queries of a head that rests on one token have hardly any, since
+    their softmax is saturated; when all of them go the head looks everywhere, and the layers behind it fail. The root,
+    half way to rows that count alike, keeps such a head, and is better where nothing fails, too (docs/decisions.md).
     """
-    rows = evidence[Fisher].rows
-    mean = float(rows.mean())
+    information = evidence[Fisher].rows
+    mean = float(information.mean())
     if not (isfinite(mean) and mean > 0):  # nothing reaches the loss (an expert that was never chosen)
-        return torch.ones(len(rows), 1)
-    return (rows / mean).sqrt_().clamp_min_(FAINTEST).unsqueeze(1)
+        return torch.ones(len(information), 1)
+    return (information / mean).clamp_min_(FAINTEST).pow_(ROWS[rows] / 2).unsqueeze(1)
 
 
 def _times(site: MatrixSite, scale: Tensor | None) -> MatrixSite:
@@ -174,7 +179,7 @@ def needs_of(rows: str) -> tuple[type[Probe], ...]:
     """
     if rows not in ROWS:
         raise unknown("way to count rows", rows, ROWS)
-    return (Gram, Fisher) if rows == "fisher" else (Gram,)
+    return (Gram, Fisher) if ROWS[rows] else (Gram,)
 
 
 def check_count(grain: Grain, shape: tuple[int, ...], count: int) -> None:

@@ -48,7 +48,8 @@ class SparseGPT(LayerMethod):
         grain: who competes; with ``columns:B`` the mask of each B columns is chosen when the sweep gets there.
         damping: added to the diagonal of X^T X, as a share of its mean.
         polish: steps of conjugate gradients on the survivors at the end; 0 is the published method.
-        rows: whether errors of all rows count alike (``even``), or by the Fisher information (``fisher``).
+        rows: whether errors of all rows count alike (``even``), by their Fisher information (``fisher``), or by its
+            ``root``, half way between.
     """
 
     blind = True
