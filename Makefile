@@ -101,7 +101,7 @@ bench-streaming:
 bench-cost:
 	@mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/method_cost.py --out $(BENCH)/method_cost.json
-	$(BIN)/python benchmarks/method_cost.py --tall --out $(BENCH)/method_cost.json
+	$(BIN)/python benchmarks/method_cost.py --large --out $(BENCH)/method_cost.json
 
 bench-packed:
 	@mkdir -p $(BENCH)/packed

@@ -19,15 +19,17 @@ for budget in uniform rate_distortion atp owl; do
     done
     set -- "$@" "wanda 60% budget=$budget repair=least_squares bf16" # the others' survivors are fitted already
 done
-for budget in uniform rate_distortion; do
-    way="alps:rows=fisher 60% budget=$budget"
-    set -- "$@" "$way bf16" "$way repair=block_reconstruction bf16"
+for rows in root fisher; do
+    for budget in uniform rate_distortion; do
+        set -- "$@" "alps:rows=$rows 60% budget=$budget bf16"
+    done
+    set -- "$@" "alps:rows=$rows 60% budget=rate_distortion repair=block_reconstruction bf16"
 done
 way="sparsegpt:polish=0 60% budget=uniform"
 set -- "$@" "$way bf16" "$way repair=least_squares bf16"
 run ablation.json "$@"
 set --
-for way in "alps:rows=fisher 60% budget=rate_distortion" "sparsegpt:polish=0 60%" "sparsegpt 60%" "wanda 60%"; do
+for way in "alps:rows=root 60% budget=rate_distortion" "sparsegpt:polish=0 60%" "sparsegpt 60%" "wanda 60%"; do
     for text in "" " text=builtin"; do
         for seed in 0 1 2; do
             set -- "$@" "$way$text seed=$seed bf16"

@@ -4,8 +4,9 @@
 
 Each width is one matrix [width, width] with the X^T X of correlated random inputs; half of the weights stay. The
 exponent is fitted over the widths (log CPU seconds against log width): n^3 is what factorising X^T X and products of
-[n, n] matrices cost, n^4 would be cubic work for every row. ``--tall`` prunes one layer of a 7B model (4096 inputs,
-11008 outputs) in a process of its own and reports its peak resident memory.
+[n, n] matrices cost, n^4 would be cubic work for every row. ``--large`` prunes the two shapes of a 7B model's FFN
+(11008 x 4096 and 4096 x 11008, outputs x inputs), each in a process of its own, and reports its peak resident memory
+beside what weights and X^T X took before it began. What is in the file already and is not asked for stays there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from secateur.methods.least_squares import refit
 from secateur.methods.scores import SCORES
 
 WIDTHS = (576, 1536, 4096)
+LARGE = ((11008, 4096), (4096, 11008))  # outputs, inputs: gate_proj and down_proj of a 7B Llama
 NAMES = ("wanda", "sparsegpt", "obs", "admm", "alps", "sparseswaps", "dsnot", "least squares")
 GRAINS = {"wanda": "row", "sparseswaps": "row", "dsnot": "row", "admm": "matrix", "alps": "matrix"}
 
@@ -71,6 +73,18 @@ def run(name: str, site: MatrixSite, evidence: Evidence, grain: str | None = Non
     return spent | {"error": lost / whole, "kept": int(keep.mask.sum()) / keep.mask.numel()}
 
 
+def alone(name: str, rows: int, columns: int, grain: str | None) -> dict[str, float]:
+    """`run` with resident bytes before it began, and at its peak; in a process of its own."""
+    site, evidence = layer(rows, columns)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux): making X^T X took more
+    before = peak_rss()
+    return run(name, site, evidence, grain) | {"before": before, "peak": peak_rss()}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def exponent(seconds: dict[int, float]) -> float:
     """Slope of log seconds over log width, by least squares."""
     x = torch.tensor([math.log(w) for w in seconds], dtype=torch.float64)
@@ -85,43 +99,39 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=NAMES, choices=NAMES)
     parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS)
     parser.add_argument("--grain", help="for all methods; by default each method's own")
-    parser.add_argument("--tall", action="store_true", help="4096 inputs and 11008 outputs, a process per method")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--large", action="store_true", help="both shapes of a 7B model's FFN, a process per method")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.one:
-        site, evidence = layer(11008, 4096)
-        before = peak_rss()
-        found = run(args.one, site, evidence, args.grain)
-        print(json.dumps(found | {"before": before, "peak": peak_rss()}))
+        name, rows, columns = args.one[0], int(args.one[1]), int(args.one[2])
+        print(json.dumps(alone(name, rows, columns, args.grain)))
         return
     old: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
     old["conditions"] = {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__}
-    rows: dict[str, Any] = old.setdefault("square", {})
-    for width in () if args.tall else args.widths:
+    if args.large:
+        for shape in LARGE:
+            for name in args.methods:
+                words = [sys.executable, __file__, "--one", name, *map(str, shape), "--threads", str(args.threads)]
+                words += ["--grain", args.grain] if args.grain else []
+                done = subprocess.run(words, capture_output=True, text=True, check=True)
+                own = old.setdefault("large", {}).setdefault("{} x {}".format(*shape), {})
+                own[name] = json.loads(done.stdout)
+                write(args.out, old)
+                print(*shape, name, own[name], flush=True)
+        return
+    rows_: dict[str, Any] = old.setdefault("square", {})
+    for width in args.widths:
         site, evidence = layer(width, width)
         for name in args.methods:
-            rows.setdefault(name, {})[str(width)] = run(name, site, evidence, args.grain)
-            args.out.write_text(json.dumps(old, indent=1) + "\n")
-            print(width, name, rows[name][str(width)], flush=True)
-    if args.tall:
-        for name in args.methods:
-            words = [sys.executable, __file__, "--one", name, "--threads", str(args.threads)]
-            words += ["--grain", args.grain] if args.grain else []
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            old.setdefault("tall", {})[name] = json.loads(done.stdout)
-            args.out.write_text(json.dumps(old, indent=1) + "\n")
-    spent = {name: {int(w): f["cpu"] for w, f in found.items()} for name, found in rows.items()}
-    old["exponents"] = {name: exponent(seconds) for name, seconds in spent.items() if len(seconds) > 1}
-    args.out.write_text(json.dumps(old, indent=1) + "\n")
-    print("| method | " + " | ".join(f"{w} x {w}, s" for w in args.widths) + " | exponent |")
-    for name, seconds in spent.items():
-        told = " | ".join(f"{s:.2f}" for s in seconds.values())
-        print(f"| {name} | {told} | {old['exponents'].get(name, math.nan):.2f} |")
-    for name, found in old.get("tall", {}).items():
-        print(f"{name}, 11008 x 4096: {found['cpu']:.0f} s, peak {found['peak'] / 2**30:.2f} GiB "
-              f"(before it {found['before'] / 2**30:.2f})")  # fmt: skip
+            rows_.setdefault(name, {})[str(width)] = run(name, site, evidence, args.grain)
+            spent = {n: {int(w): f["cpu"] for w, f in own.items()} for n, own in rows_.items()}
+            old["exponents"] = {n: exponent(seconds) for n, seconds in spent.items() if len(seconds) > 1}
+            write(args.out, old)
+            print(width, name, rows_[name][str(width)], flush=True)
+    for name, power in old["exponents"].items():
+        print(f"{name}: width to the {power:.2f}")
 
 
 if __name__ == "__main__":

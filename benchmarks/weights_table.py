@@ -26,7 +26,10 @@ REPAIRS = {
     "least_squares": "least squares", "local_reconstruction": "local reconstruction",
     "block_reconstruction": "block reconstruction",
 }  # fmt: skip
-OPTIONS = {"rows=fisher": "rows weighed by Fisher information", "polish=0": "as published"}
+OPTIONS = {
+    "rows=root": "rows weighed by the root of their Fisher information", "rows=fisher": "rows by Fisher information",
+    "polish=0": "as published",
+}  # fmt: skip
 TILES = " grain=tile:16x16"
 HEAD = """# Weights without training, measured
 
@@ -46,9 +49,9 @@ SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 ca
 TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
 (Python's help topics):"""
 
-COST = """CPU seconds to prune half of a random matrix's weights, in one thread, X^T X given. Factorising it grows with
-the cube of the width; cubic work for every row would be a power of 4. GiB is what the process grew by:
-`make bench-cost`."""
+COST = """CPU seconds to prune half of a random matrix's weights (outputs x inputs), in one thread, X^T X given.
+Factorising it grows with the cube of the width; cubic work for every row would be a power of 4. In brackets what
+process, weights and X^T X took before, and the peak: `make bench-cost`."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -190,17 +193,18 @@ def sensitivity() -> list[str]:
 
 
 def growth() -> list[str]:
-    """Seconds of a method on square matrices, what power of the width they grow with, and one tall matrix."""
+    """Seconds of a method on square matrices, what power of the width they grow with, and matrices of a 7B model."""
     found = read("method_cost.json")
     rows: dict[str, dict[str, Any]] = found.get("square", {})
     widths = sorted({int(w) for own in rows.values() for w in own})
-    out = head("method", *(f"{w} x {w}, s" for w in widths), "grows with width to the", "11008 x 4096, s", "GiB")
+    large: dict[str, dict[str, Any]] = found.get("large", {})
+    out = head("method", *(f"{w} x {w}" for w in widths), "width to the", *large)
     for name, own in rows.items():
-        seconds = {int(w): f["cpu"] for w, f in own.items()}
-        told = [f"{seconds[w]:.2f}" if w in seconds else "–" for w in widths]
-        tall = found.get("tall", {}).get(name)
+        told = [f"{own[str(w)]['cpu']:.2f}" if str(w) in own else "–" for w in widths]
         told += [f"{found['exponents'][name]:.1f}" if name in found["exponents"] else "–"]
-        told += [f"{tall['cpu']:.0f}", f"{(tall['peak'] - tall['before']) / 2**30:.2f}"] if tall else ["–", "–"]
+        for shape in large.values():
+            one = shape.get(name)
+            told += [f"{one['cpu']:.0f} ({one['before'] / 1e9:.1f} → {one['peak'] / 1e9:.1f} GB)" if one else "–"]
         out.append(cells(name, *told))
     return out
 

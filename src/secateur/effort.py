@@ -17,7 +17,7 @@ Words = Mapping[str, str]
 _FAST: Words = {"method": "alps"}
 _BALANCED: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=4"}
 _BEST: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=8"}
-_FREE: Words = {"method": "alps:rows=fisher", "budget": "rate_distortion"}
+_FREE: Words = {"method": "alps:rows=root", "budget": "rate_distortion"}
 CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
     {
         "fast": ({**_FAST, **_FREE}, _FAST),
