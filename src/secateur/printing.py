@@ -102,6 +102,8 @@ def page(data: Mapping[str, Any]) -> list[RenderableType]:
             out += [
                 Text(f"{row['model']}: {cell(row['notes'])}") for row in value if key == "models" and row.get("notes")
             ]
+        elif key == "dry_run":
+            out += _forecast(value)
         elif isinstance(value, dict):
             for inner, item in value.items():
                 if item is None or item == []:
@@ -110,6 +112,33 @@ def page(data: Mapping[str, Any]) -> list[RenderableType]:
         elif value is not None and value != []:
             lines.add_row(Text(name), Text(cell(value, key)))
     return out
+
+
+def _forecast(told: Mapping[str, Any]) -> list[RenderableType]:
+    """A dry run: sizes before and after, then memory, time and disk with the parts they are made of."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from secateur.report.numbers import change, seconds
+
+    sizes = Table(title="what it will come to", title_justify="left", box=None, header_style="bold", title_style="bold")
+    for title in ("", "before", "after", "change"):
+        sizes.add_column(title, justify="right" if title else "left")
+    needs = Table.grid(padding=(0, 2))
+    for key, value in told.items():
+        name = key.replace("_", " ")
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value):
+            sizes.add_row(name, *(cell(v, key) for v in value), change(*value))
+        elif key == "notes":
+            for note in value:
+                needs.add_row(Text("note"), Text(note))
+        elif key == "seconds":
+            needs.add_row(Text("time"), Text(seconds(value)))
+        elif key == "phases":
+            needs.add_row(Text(""), Text(", ".join(f"{k} {seconds(v)}" for k, v in value.items())))
+        else:
+            needs.add_row(Text("" if key == "ram" else name), Text(cell(value, key)))
+    return [sizes, Text(""), needs]
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> RenderableType:

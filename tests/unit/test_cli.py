@@ -365,3 +365,18 @@ def test_values_for_people() -> None:
         "t": [1, 2],
     }
     assert len(page({"family": "llama", "models": [{"model": "a"}, {"model": "[b]red"}], "proved": {"ffn": True}})) == 3
+
+
+def test_a_dry_run_for_people_says_change_and_time() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    told = {"parameters": [200, 150], "bytes": [400, 400], "peak_ram": 2_000_000_000, "ram": {"model": 538_128_000}}
+    told |= {"seconds": 2369.0, "phases": {"step 1": 2269.0}, "disk": 1_000, "notes": ["guessed"]}
+    console = Console(file=StringIO(), width=100)
+    for part in page({"dry_run": told}):
+        console.print(part)
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert {"parameters 200 150 −25 %", "bytes 400 B 400 B unchanged", "time 39 min 29 s"} <= set(lines)
+    assert {"peak ram 2,000.0 MB", "model 538.1 MB", "step 1 37 min 49 s", "disk 1,000 B", "note guessed"} <= set(lines)
