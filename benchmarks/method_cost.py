@@ -115,21 +115,21 @@ def main() -> None:
             for name in args.methods:
                 words = [sys.executable, __file__, "--one", name, *map(str, shape), "--threads", str(args.threads)]
                 words += ["--grain", args.grain] if args.grain else []
-                done = subprocess.run(words, capture_output=True, text=True, check=True)
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
                 own = old.setdefault("large", {}).setdefault("{} x {}".format(*shape), {})
                 own[name] = json.loads(done.stdout)
                 write(args.out, old)
                 print(*shape, name, own[name], flush=True)
         return
-    rows_: dict[str, Any] = old.setdefault("square", {})
+    square: dict[str, Any] = old.setdefault("square", {})
     for width in args.widths:
         site, evidence = layer(width, width)
         for name in args.methods:
-            rows_.setdefault(name, {})[str(width)] = run(name, site, evidence, args.grain)
-            spent = {n: {int(w): f["cpu"] for w, f in own.items()} for n, own in rows_.items()}
+            square.setdefault(name, {})[str(width)] = run(name, site, evidence, args.grain)
+            spent = {n: {int(w): f["cpu"] for w, f in own.items()} for n, own in square.items()}
             old["exponents"] = {n: exponent(seconds) for n, seconds in spent.items() if len(seconds) > 1}
             write(args.out, old)
-            print(width, name, rows_[name][str(width)], flush=True)
+            print(width, name, square[name][str(width)], flush=True)
     for name, power in old["exponents"].items():
         print(f"{name}: width to the {power:.2f}")
 

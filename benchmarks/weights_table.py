@@ -39,9 +39,9 @@ SmolLM2-135M-Instruct, the decoder's 106 M weights. Calibrated on 64 x 1,024 tok
 WikiText-2 (64 windows of 1,024 tokens, bf16; dense 25.18), below it KL divergence to the dense model (nats per token,
 16 windows) and PIQA (500 items; dense 0.664) where they were measured. Time in *fwd*: one dense fp32 pass of the
 decoder over the calibration text in the same process, CPU seconds, and not counted for rows that ran beside other work
-(`busy` in the results); a pass took about 180 s, or 90 in rows for which MKL was made to use AVX-512 on this AMD
-processor, too (`unit`). Memory is the peak of pruning. Counts are exact. A dash was not run. Reproduce with
-`make bench-methods` and `make bench-weights`; generated text stands beside every number in `benchmarks/results`.
+(`busy` in the results); a pass took about 180 to 240 s, or 90 in rows for which MKL was made to use AVX-512 on an AMD
+processor that gains from it (`unit`). Memory is the peak of pruning. Counts are exact. A dash was not run. Reproduce
+with `make bench-methods` and `make bench-weights`; generated text stands beside every number in `benchmarks/results`.
 """
 TILED = """Tiles of 16 x 16 weights go whole, so that a dense kernel can leave them out. Same protocol, dense 25.18."""
 SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from secateur.measure.types import Comparison, Measurement
 
@@ -121,7 +122,7 @@ def _forecast(told: Mapping[str, Any]) -> list[RenderableType]:
 
     from secateur.report.numbers import change, seconds
 
-    sizes = Table(title="what it will come to", title_justify="left", box=None, header_style="bold", title_style="bold")
+    sizes = _titled("what it will come to")
     for title in ("", "before", "after", "change"):
         sizes.add_column(title, justify="right" if title else "left")
     needs = Table.grid(padding=(0, 2))
@@ -141,12 +142,18 @@ def _forecast(told: Mapping[str, Any]) -> list[RenderableType]:
     return [sizes, Text(""), needs]
 
 
+def _titled(name: str) -> Table:
+    """An empty table under its name."""
+    from rich.table import Table
+
+    return Table(title=name, title_justify="left", box=None, header_style="bold", title_style="bold")
+
+
 def _table(name: str, rows: list[dict[str, Any]]) -> RenderableType:
     """One line per object."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=name, title_justify="left", box=None, header_style="bold", title_style="bold")
+    table = _titled(name)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     for column in columns:
         numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
@@ -158,10 +165,9 @@ def _table(name: str, rows: list[dict[str, Any]]) -> RenderableType:
 
 def _sideways(name: str, rows: list[dict[str, Any]]) -> RenderableType:
     """One column per model: there are few models and many numbers."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=name, title_justify="left", box=None, header_style="bold", title_style="bold")
+    table = _titled(name)
     table.add_column("")
     for row in rows:
         table.add_column(Text(str(row.get("model", ""))), justify="right", overflow="fold")
