@@ -13,11 +13,14 @@ run() {
         --windows 16 --threads "${THREADS:-2}" --out "$out/$file" --rows "$@"
 }
 set --
-for budget in uniform rate_distortion atp owl; do
+for budget in uniform rate_distortion atp; do
     for way in wanda sparsegpt alps; do
         set -- "$@" "$way 60% budget=$budget bf16" "$way 60% budget=$budget repair=block_reconstruction bf16"
     done
     set -- "$@" "wanda 60% budget=$budget repair=least_squares bf16" # the others' survivors are fitted already
+done
+for way in wanda sparsegpt alps; do
+    set -- "$@" "$way 60% budget=owl bf16"
 done
 for rows in root fisher; do
     for budget in uniform rate_distortion; do
@@ -27,6 +30,11 @@ for rows in root fisher; do
 done
 way="sparsegpt:polish=0 60% budget=uniform"
 set -- "$@" "$way bf16" "$way repair=least_squares bf16"
+for fit in dense mix; do # what is fitted on the pruned model's inputs stands above
+    set -- "$@" "wanda 60% budget=uniform fit_on=$fit repair=least_squares bf16"
+    set -- "$@" "sparsegpt 60% budget=uniform fit_on=$fit bf16" "alps 60% budget=uniform fit_on=$fit bf16"
+done
+set -- "$@" "alps 60% budget=uniform fit_on=mix repair=block_reconstruction bf16"
 run ablation.json "$@"
 set --
 for way in "alps:rows=root 60% budget=rate_distortion" "sparsegpt:polish=0 60%" "sparsegpt 60%" "wanda 60%"; do

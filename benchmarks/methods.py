@@ -32,7 +32,7 @@ from secateur.engine.walk import batches_of, running_as
 from secateur.measure.choices import choices, read_items
 from secateur.measure.generation import generate
 from secateur.measure.passes import losses
-from secateur.measure.perplexity import perplexity
+from secateur.measure.perplexity import exp_mean
 from secateur.stage import Conditions, Nowhere, Stage
 from secateur.step import Step
 from weights import PROMPT, dense_pass
@@ -41,7 +41,7 @@ LEVELS = ("50%", "60%", "70%", "2:4")
 WAYS: dict[str, dict[str, Any]] = {
     "magnitude": {"score": "magnitude", "grain": "matrix"},
     "wanda": {"score": "wanda"},
-    "ria": {"score": "ria"},
+    "ria": {"score": "ria", "grain": "matrix"},  # as its authors do
     "wanda+ls": {"score": "wanda", "repair": "least_squares"},
     "dsnot": {"method": "dsnot"},
     "sparsegpt": {"method": "sparsegpt"},
@@ -57,7 +57,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "output_error": {"score": "output_error"},
     "taylor_block": {"score": "taylor_block"},
 }
-ORDER = ("magnitude", "wanda", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot", "obs", "swaps+ls", "sparsegpt+ls")
+ORDER = (
+    "magnitude", "wanda", "ria", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot", "obs", "swaps+ls", "sparsegpt+ls",
+)  # fmt: skip
 KL_WINDOWS, ITEMS = 16, 500
 
 
@@ -106,10 +108,11 @@ def one(args: argparse.Namespace, row: str) -> dict[str, Any]:
     dense: Any = store.skeleton()
     store.load_whole(dense, torch.device("cpu"))
     with running_as(dial.model, torch.bfloat16), running_as(dense, torch.bfloat16):
-        value = perplexity(dial.model, test).value
-        _, apart = losses([dense, dial.model], test[:KL_WINDOWS])
-        assert apart.kl is not None
-        found: dict[str, Any] = {"perplexity": value, "kl": sum(apart.kl) / len(apart.kl)}
+        _, near = losses([dense, dial.model], test[:KL_WINDOWS])
+        rest = losses([dial.model], test[KL_WINDOWS:])[0].nll if len(test) > KL_WINDOWS else []
+        assert near.kl is not None
+        value = exp_mean(near.nll + rest, [1] * len(test))  # windows of one length
+        found: dict[str, Any] = {"perplexity": value, "kl": sum(near.kl) / len(near.kl)}
         if args.choices:
             found["accuracy"] = choices(dial.model, tokenizer, read_items(args.choices)[:ITEMS]).accuracy_norm
         found["text"] = generate(dial.model, tokenizer, (PROMPT,), 24)[0].text

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.effort import CHAINS
+from secateur.methods.fitting import FITS
 
 HERE = Path(__file__).resolve().parent
 TARGET = HERE.parent / "docs" / "weights.md"
@@ -40,12 +41,15 @@ WikiText-2 (64 windows of 1,024 tokens, bf16; dense 25.18), below it KL divergen
 16 windows) and PIQA (500 items; dense 0.664) where they were measured. Time in *fwd*: one dense fp32 pass of the
 decoder over the calibration text in the same process, CPU seconds, and not counted for rows that ran beside other work
 (`busy` in the results); a pass took about 180 to 240 s, or 90 in rows for which MKL was made to use AVX-512 on an AMD
-processor that gains from it (`unit`). Memory is the peak of pruning. Counts are exact. A dash was not run. Reproduce
+processor that gains from it (`unit`). Memory is the peak of pruning. Counts are exact. Magnitude and RIA compare
+weights of a whole matrix, as published; everything else within rows unless it says so. A dash was not run. Reproduce
 with `make bench-methods` and `make bench-weights`; generated text stands beside every number in `benchmarks/results`.
 """
 TILED = """Tiles of 16 x 16 weights go whole, so that a dense kernel can leave them out. Same protocol, dense 25.18."""
 SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense
 22.8, bf16 forwards), so comparable with each other only: `sh benchmarks/ablation.sh`."""
+FITTED = """The same, by whose activations layers are fitted on (`--fit-on`): the dense model's, the pruned one's, or the
+pruned one's inputs with the dense one's outputs; counts uniform."""
 TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
 (Python's help topics):"""
 
@@ -113,6 +117,10 @@ def cell(row: Mapping[str, Any] | None) -> str:
     return f"{row['perplexity']:.1f}" + (f"<br>{', '.join(more)}" if more else "")
 
 
+def brief(row: Mapping[str, Any] | None) -> str:
+    return f"{row['perplexity']:.1f}, {row['kl']:.2f}" if row else "–"
+
+
 def everything() -> dict[str, dict[str, Any]]:
     """Every way on the full protocol; rows of the three basic methods come from `weights.py`, without KL and PIQA."""
     basic = read("weights.json")
@@ -170,12 +178,27 @@ def ablation() -> list[str]:
     for name, row in rows.items():
         way, _, *more = name.split()
         words = dict(m.partition("=")[::2] for m in more)
-        by.setdefault((way, words["budget"]), {})[words.get("repair", "")] = row
+        if "fit_on" not in words:
+            by.setdefault((way, words["budget"]), {})[words.get("repair", "")] = row
     repairs = ("", "least_squares", "block_reconstruction")
     out = head("choice", "budget", "no repair", *(REPAIRS[r] for r in repairs[1:]))
     for (way, budget), own in by.items():
-        told = [f"{own[r]['perplexity']:.1f}, {own[r]['kl']:.2f}" if r in own else "–" for r in repairs]
-        out.append(cells(said(way), f"`{budget}`", *told))
+        out.append(cells(said(way), f"`{budget}`", *(brief(own.get(r)) for r in repairs)))
+    return out
+
+
+def fits() -> list[str]:
+    """What every way comes to that was fitted on more than one model's activations."""
+    by: dict[str, dict[str, Any]] = {}
+    for name, row in read("ablation.json")["rows"].items():
+        words = dict(w.partition("=")[::2] for w in name.split()[2:])
+        if words["budget"] == "uniform":
+            key = " ".join(w for w in name.split() if not w.startswith(("fit_on", "budget")) and w != "bf16")
+            by.setdefault(apart(key)[1], {})[words.get("fit_on", "pruned")] = row
+    out = head("", *FITS)
+    for key, own in by.items():
+        if len(own) > 1:
+            out.append(cells(said(key), *(brief(own.get(f)) for f in FITS)))
     return out
 
 
@@ -217,6 +240,7 @@ def page() -> str:
     out = [HEAD.rstrip(), "", *table()]
     out += section("Tiles", TILED, tiles())
     out += section("What choice, allocation and repair bring", SMALL, ablation())
+    out += section("Whose activations layers are fitted on", FITTED, fits())
     out += section("Seeds and texts", TEXTS, sensitivity())
     out += section("How cost grows", COST, growth())
     return "\n".join(out) + "\n"

@@ -13,7 +13,9 @@ from secateur.methods.joint.dsnot import DSnoT
 from secateur.methods.scores import SCORES
 
 
-def literal(w: np.ndarray, x: np.ndarray, keep: np.ndarray, cycles: int, threshold: float, m: int = 0) -> np.ndarray:
+def literal(
+    w: np.ndarray, x: np.ndarray, keep: np.ndarray, cycles: int, threshold: float, m: int = 0, turns: bool = False
+) -> np.ndarray:
     """The mask after exchanges; ``m``: the weight that goes is the smallest of the group of the one that comes."""
     mean, variance, norm = x.mean(0), x.var(0), np.sqrt((x**2).mean(0))
     keep = keep.copy()
@@ -23,6 +25,7 @@ def literal(w: np.ndarray, x: np.ndarray, keep: np.ndarray, cycles: int, thresho
         for _ in range(cycles):
             if abs(error) <= threshold:
                 break
+            sign = np.sign(error) if turns else sign
             grow = [j for j in range(len(mean)) if not keep[i, j] and j not in moved]
             grow = [j for j in grow if sign * w[i, j] * mean[j] > 0]
             if not grow:
@@ -34,7 +37,7 @@ def literal(w: np.ndarray, x: np.ndarray, keep: np.ndarray, cycles: int, thresho
                 break
             q = min(drop, key=lambda j: abs(w[i, j]) * norm[j])
             after = error - w[i, p] * mean[p] + w[i, q] * mean[q]
-            if np.sign(after) != sign or abs(after) >= abs(error):
+            if not turns and (np.sign(after) != sign or abs(after) >= abs(error)):
                 break
             keep[i, p], keep[i, q] = True, False
             moved |= {p, q}
@@ -47,13 +50,14 @@ CASES = [(Row(), 320, 0), (Matrix(), 300, 0), (NofM(2, 4), 320, 4), (NofM(3, 8),
 
 @pytest.mark.parametrize(("grain", "count", "m"), CASES)
 @pytest.mark.parametrize("start", ["wanda", "magnitude"])
-def test_equals_the_literal_algorithm(grain: Grain, count: int, m: int, start: str) -> None:
+@pytest.mark.parametrize("turns", [False, True])
+def test_equals_the_literal_algorithm(grain: Grain, count: int, m: int, start: str, turns: bool) -> None:
     w, x = case(20, 32, seed=1)
     x = x + torch.linspace(1, 0.02, 32)  # means that matter
     seen = heard(x)
     first = grain.select(SCORES[start]().score(site(w), seen), count)  # type: ignore[union-attr]
-    got = DSnoT(grain, start=start, threshold=0.05).prune(site(w), seen, count)
-    expected = literal(w.double().numpy(), x.double().numpy(), first.numpy(), 50, 0.05, m)
+    got = DSnoT(grain, start=start, threshold=0.05 * 2048, turns=turns).prune(site(w), seen, count)
+    expected = literal(w.double().numpy(), x.double().numpy(), first.numpy(), 50, 0.05, m, turns and not m)
     assert np.array_equal(got.mask.numpy(), expected)
     assert int((got.mask ^ first).sum()) > 5
     assert got.weight is None
@@ -72,6 +76,14 @@ def test_the_expected_error_shrinks_and_counts_stay() -> None:
     assert all(torch.equal(got[:, a : a + 16].sum(1), first[:, a : a + 16].sum(1)) for a in (0, 16))
     assert torch.equal(DSnoT(grain, cycles=0).prune(site(w), seen, 320).mask, first)
     assert torch.equal(DSnoT(grain, threshold=1e9).prune(site(w), seen, 320).mask, first)
+
+
+def test_with_turns_a_row_goes_on_where_its_error_changed_sign() -> None:
+    w, x = case(20, 32, seed=1)
+    seen = heard(x + torch.linspace(1, 0.02, 32))
+    keeps, turns = (DSnoT(turns=t).prune(site(w), seen, 320).mask for t in (False, True))
+    first = Row().select(SCORES["wanda"]().score(site(w), seen), 320)  # type: ignore[union-attr]
+    assert int((turns ^ first).sum()) > 1.5 * int((keeps ^ first).sum())
 
 
 def test_words_that_do_not_fit_are_refused() -> None:

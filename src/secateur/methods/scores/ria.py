@@ -4,6 +4,7 @@
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
 ICLR 2024 (preprint doi 10.20944/preprints202310.1487), the definition of RIA. Router-weighted in experts, as Wanda.
+The released code ranks over a whole matrix unless told otherwise: that is ``--grain matrix`` here.
 """
 
 from __future__ import annotations
