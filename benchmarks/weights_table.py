@@ -48,8 +48,8 @@ with `make bench-methods` and `make bench-weights`; generated text stands beside
 TILED = """Tiles of 16 x 16 weights go whole, so that a dense kernel can leave them out. Same protocol, dense 25.18."""
 SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense
 22.8, bf16 forwards), so comparable with each other only: `sh benchmarks/ablation.sh`."""
-FITTED = """The same, by whose activations layers are fitted on (`--fit-on`): the dense model's, the pruned one's, or the
-pruned one's inputs with the dense one's outputs; counts uniform."""
+FITTED = """The same by whose activations layers are fitted on (`--fit-on`): the dense model's, the pruned one's, or the
+pruned one's inputs with the dense one's outputs. Counts uniform."""
 TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
 (Python's help topics):"""
 
