@@ -65,7 +65,13 @@ def test_errors_of_real_layers_are_ordered(
             d = (new - w).double()
             return float(((d @ gram.double()) * d).sum())
 
-        methods = (ALPS(grain), ADMM(grain), SetOBS(grain), SparseGPT(grain, polish=0), Composed(Wanda(), grain))
+        methods = (
+            ALPS(grain),
+            ADMM(grain),
+            SetOBS(grain, polish=0),
+            SparseGPT(grain, polish=0),
+            Composed(Wanda(), grain),
+        )
         kept = [m.prune(site, seen, count) for m in methods]
         alps, admm, obs, sparsegpt, wanda = (error(w * k.mask if k.weight is None else k.weight) for k in kept)
         best = error(masked_least_squares(gram, gram @ w.T, kept[0].mask, 1e-4, w))

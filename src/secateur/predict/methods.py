@@ -21,6 +21,7 @@ from secateur.methods.joint.obs import SetOBS
 from secateur.methods.joint.sparsegpt import SparseGPT
 from secateur.methods.joint.start import start_from
 from secateur.methods.joint.swaps import SparseSwaps, swap_width
+from secateur.methods.joint.sweeping import Sweeping
 from secateur.methods.least_squares import BYTES, STEPS, WIDE
 from secateur.methods.repairs.least_squares import LeastSquares
 from secateur.parts import Parts
@@ -81,7 +82,7 @@ def method_work(method: Method, rows: int, n: int, share: float) -> Work:
     """
     size, cube = float(rows * n), float(n) ** 3
     if isinstance(method, SetOBS):
-        swept = Work(size * n / 2, cube / 3)
+        swept = Work(size * n / 2, cube / 3) + _polish_work(method.polish, size, n)
         if isinstance(method.grain, NofM):
             m, sets = method.grain.m, comb(method.grain.m, method.grain.n)
             return swept + Work(size * sets * m, passed=20 * size * sets, columns=n / m)
@@ -108,9 +109,13 @@ def method_work(method: Method, rows: int, n: int, share: float) -> Work:
         found = Work(passed=size * (8 + 12 * min(EXCHANGES, method.cycles)))
         return found + method_work(start_from(method.start, method.grain), rows, n, share)
     if isinstance(method, SparseGPT):
-        steps = method.polish + 2 * bool(method.polish)
-        return Work(size * n * (0.5 + steps), cube / 3, passed=8 * size * method.polish, columns=n)
+        return Work(size * n / 2, cube / 3, columns=n) + _polish_work(method.polish, size, n)
     return Work(size * n / 2, cube / 3, columns=n) if Gram in method.needs else Work()  # strangers
+
+
+def _polish_work(steps: int, size: float, n: int) -> Work:
+    """Conjugate gradients on the survivors of matrices with ``size`` weights and n inputs."""
+    return Work(size * n * (steps + 2), passed=8 * size * steps) if steps else Work()
 
 
 def _system(kept: float) -> Work:
@@ -141,13 +146,16 @@ def method_bytes(method: Method, rows: Sequence[int], n: int, share: float) -> i
         rows: of each matrix.
     """
     square, all_, one = 4 * n**2, 4 * n * sum(rows), 4 * n * max(rows)
+    polish = 7 * one if isinstance(method, Sweeping) and method.polish else 0
     if isinstance(method, SetOBS):
         small = 0
         if not isinstance(method.grain, NofM):
             group = min(method.group, n)
             gone = (1 - share) * group + 3 * sqrt(group * share * (1 - share))  # of the row that loses most
             small = _systems_bytes(sum(rows), gone)
-        return max(4 * square + all_, 2 * square + 3 * all_ + all_ // 4 + small)
+        return max(
+            4 * square + all_, 2 * square + 3 * all_ + all_ // 4 + small, 2 * square + 2 * all_ + all_ // 4 + polish
+        )
     if isinstance(method, ADMM):
         return max(5 * square, 3 * square + 25 * one // 4)
     if isinstance(method, ALPS):
@@ -160,7 +168,6 @@ def method_bytes(method: Method, rows: Sequence[int], n: int, share: float) -> i
     if isinstance(method, DSnoT):
         return max(method_bytes(start_from(method.start, method.grain), rows, n, share), 6 * one + all_ // 4)
     if Gram in method.needs:  # SparseGPT, and strangers
-        polish = 7 * one if isinstance(method, SparseGPT) and method.polish else 0
         return max(4 * square + all_, 2 * square + 2 * all_ + all_ // 4 + polish)
     return 2 * one
 

@@ -60,7 +60,7 @@ def test_errors_are_ordered(grain: Grain, count: int) -> None:
         seen = heard(x)
         kept = [
             m.prune(site(w), seen, count).weight
-            for m in (ALPS(grain), ADMM(grain), SetOBS(grain), SparseGPT(grain, polish=0))
+            for m in (ALPS(grain), ADMM(grain), SetOBS(grain, polish=0), SparseGPT(grain, polish=0))
         ]
         mask = grain.select(SCORES["wanda"]().score(site(w), seen), count)  # type: ignore[union-attr]
         alps, admm, obs, sparsegpt, wanda = (error(w, v, x) for v in (*kept, w * mask))  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def test_every_group_loses_the_best_set_of_all(n: int, m: int) -> None:
             best = int(np.argmin(costs))
             keep[i, sets[best]] = False
             rows[i] = answers[best]
-    got = SetOBS(NofM(n, m)).prune(site(w), heard(x), 60 * n // m)
+    got = SetOBS(NofM(n, m), polish=0).prune(site(w), heard(x), 60 * n // m)
     assert got.weight is not None
     assert np.array_equal(got.mask.numpy(), keep)
     np.testing.assert_allclose(got.weight.numpy(), np.where(keep, rows, 0), atol=5e-4)
@@ -70,7 +70,7 @@ def test_blocks_lose_the_cheapest_jointly(grain: Grain, group: int, spans: list[
         for s, e in runs:
             for i in range(5):
                 rows[i] = without(h, rows[i], s, [j for j in range(s, e) if not keep[i, j]])
-    got = SetOBS(grain, group=group).prune(site(w), heard(x), 30)
+    got = SetOBS(grain, group=group, polish=0).prune(site(w), heard(x), 30)
     assert got.weight is not None
     assert np.array_equal(got.mask.numpy(), keep)
     np.testing.assert_allclose(got.weight.numpy(), np.where(keep, rows, 0), atol=5e-4)
@@ -84,7 +84,7 @@ def test_not_above_sparsegpt_with_the_same_mask(grain: Grain, columns: int) -> N
         w, x = case(16, columns, seed=seed)
         other = SparseGPT(grain, polish=0).prune(site(w), heard(x), 8 * columns)
         assert other.weight is not None
-        value = SetOBS(grain).reweigh(site(w), heard(x), other.mask)
+        value = SetOBS(grain, polish=0).reweigh(site(w), heard(x), other.mask)
         assert value is not None and not value[~other.mask].any()
         ours, theirs = ours + error(w, value, x), theirs + error(w, other.weight, x)
         if not isinstance(grain, Columns):
@@ -109,3 +109,17 @@ def test_words_that_do_not_fit_are_refused() -> None:
         SetOBS(NofM(8, 16))
     with pytest.raises(SecateurError, match="group"):
         SetOBS(Columns(4), group=0)
+
+
+@pytest.mark.parametrize("grain", [Columns(16), NofM(2, 4)])
+def test_polish_comes_to_least_squares_on_the_same_mask(grain: Grain) -> None:
+    w, x = case(16, 48, seed=7)
+    gram = x.double().T @ x.double()
+    plain, ten, many = (SetOBS(grain, polish=n).prune(site(w), heard(x), 384) for n in (0, 10, 400))
+    assert torch.equal(plain.mask, ten.mask) and torch.equal(plain.mask, many.mask)
+    best = masked_least_squares(gram, gram @ w.double().T, plain.mask, 0.01, w.double())
+    assert many.weight is not None and plain.weight is not None and ten.weight is not None
+    torch.testing.assert_close(many.weight.double(), best, atol=1e-3, rtol=1e-3)
+    assert error(w, plain.weight, x) > error(w, ten.weight, x) >= error(w, best.float(), x) * (1 - 1e-3)
+    with pytest.raises(SecateurError, match="polish"):
+        SetOBS(polish=-1)

@@ -11,7 +11,8 @@ from secateur.engine.probes import Evidence, Gram
 from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite
 from secateur.methods.grains import Columns, Grain, Matrix, NofM, Row
-from secateur.methods.joint.sparsegpt import SparseGPT, inverse_factor
+from secateur.methods.joint.sparsegpt import SparseGPT
+from secateur.methods.joint.sweeping import inverse_factor
 from secateur.methods.least_squares import masked_least_squares
 
 

@@ -13,7 +13,8 @@ problem; no code was released, so the formulas are those of Hassibi and Stork 19
 H^-1 = U^T U, U upper triangular, B is U_GG^T U_GG, and one product per group carries the update to the columns right
 of it.
 
-Deviations: removals are joint within ``group`` columns (all of n:m's m); wider blocks are removed group by group.
+Deviations: removals are joint within ``group`` columns (all of n:m's m); wider blocks are removed group by group;
+survivors are polished at the end (``polish=0`` is the published method).
 """
 
 from __future__ import annotations
@@ -26,12 +27,10 @@ from math import comb
 import torch
 from torch import Tensor
 
-from secateur.engine.probes import Evidence
 from secateur.errors import SecateurError
-from secateur.methods.base import MatrixSite
 from secateur.methods.grains import Columns, Grain, Matrix, NofM
-from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, check_steps
-from secateur.methods.joint.sparsegpt import inverse_factor
+from secateur.methods.joint.layer import Layer, check_damping, check_steps
+from secateur.methods.joint.sweeping import Sweeping
 from secateur.methods.least_squares import masked_least_squares
 from secateur.methods.top import top_rows
 
@@ -41,18 +40,20 @@ ROWS = 4096  # rows whose masks are looked at together
 
 
 @dataclass(frozen=True)
-class SetOBS(LayerMethod):
+class SetOBS(Sweeping):
     """Best sets of weights removed jointly, in a sweep over the columns; grains ``n:m``, ``columns:B``, ``matrix``.
 
     Attributes:
         grain: who competes.
         damping: added to the diagonal of X^T X, as a share of its mean.
         group: columns whose removals are joint (n:m: its own m).
+        polish: steps of conjugate gradients on the survivors at the end; 0 is the published method.
     """
 
     grain: Grain = field(default_factory=Columns)
     damping: float = 0.01
     group: int = 128
+    polish: int = 10
 
     def __post_init__(self) -> None:
         if not isinstance(self.grain, Columns | Matrix | NofM):
@@ -69,38 +70,31 @@ class SetOBS(LayerMethod):
             )
         check_damping(self.damping)
         check_steps("group", self.group, 1)
+        check_steps("polish", self.polish)
 
-    def solve(self, layer: Layer) -> list[tuple[Tensor, Tensor | None]]:
+    def solve(self, layer: Layer) -> Sequence[tuple[Tensor, Tensor | None]]:
         sweep = self._sweep(layer)
-        rows = [len(w) for w in layer.weights]
         if isinstance(self.grain, NofM):
             sweep.by_patterns(self.grain)
         else:
-            sweep.by_blocks(self.grain, rows, layer.counts)
-        parts = zip(sweep.keep.split(rows, dim=1), sweep.weight.split(rows, dim=1), strict=True)
-        return [(keep.T.contiguous(), weight.T.contiguous()) for keep, weight in parts]
+            sweep.by_blocks(self.grain, [len(w) for w in layer.weights], layer.counts)
+        keep, weight = sweep.keep, sweep.weight
+        del sweep
+        return self.polished(layer, keep, weight)
 
-    def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor | None:
-        """The values that the sweep gives the survivors of a mask decided elsewhere."""
-        if bool(mask.all()):
-            return site.weight
-        layer = Layer.of([site], [evidence], [0])
-        if layer.silent:
-            return site.weight.masked_fill(~mask.to(site.weight.device), 0)
+    def values(self, layer: Layer, stays: Tensor) -> Tensor:
         sweep = self._sweep(layer)
-        sweep.keep = mask.T.to(sweep.weight.device)
+        sweep.keep = stays
         n = len(sweep.weight)
         blocks = self.grain if isinstance(self.grain, Columns) else Columns(n)
         if isinstance(self.grain, NofM):
             blocks, sweep.group = Columns(self.grain.m * max(1, LAZY // self.grain.m)), self.grain.m
         for a, b in blocks.blocks((1, n)):
             sweep.remove(a, b)
-        return sweep.weight.T.contiguous()
+        return sweep.weight
 
     def _sweep(self, layer: Layer) -> Sweep:
-        names = ", ".join(site.name for site in layer.sites)
-        weight = torch.cat([w.T for w in layer.weights], dim=1)
-        return Sweep(weight, inverse_factor(layer.gram, self.damping, names), self.group)
+        return Sweep(*self.prepared(layer), self.group)
 
 
 @dataclass

@@ -26,22 +26,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from secateur.engine.probes import Evidence
 from secateur.errors import SecateurError
-from secateur.methods.base import MatrixSite
 from secateur.methods.grains import Columns, Grain, Matrix, NofM
-from secateur.methods.joint.layer import Layer, LayerMethod, check_damping, check_steps, needs_of, together
-from secateur.methods.least_squares import conjugate_gradients, damped
+from secateur.methods.joint.layer import Layer, check_damping, check_steps, needs_of
+from secateur.methods.joint.sweeping import Sweeping
 from secateur.methods.top import top_rows
 
 LEAF = 32  # columns updated one by one; wider runs use matrix products
-TRIES = 6  # how often damping is raised tenfold
 
 Choose = Callable[[int, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class SparseGPT(LayerMethod):
+class SparseGPT(Sweeping):
     """Second-order pruning with weight update; grains ``columns:B``, ``matrix`` and ``n:m``.
 
     Attributes:
@@ -71,48 +68,16 @@ class SparseGPT(LayerMethod):
 
     def solve(self, layer: Layer) -> Sequence[tuple[Tensor, Tensor | None]]:
         rows = [len(w) for w in layer.weights]
-        weight, factor = self._prepared(layer)
+        weight, factor = self.prepared(layer)
         choose, width = self._chooser(rows, len(weight), layer.counts, factor.diagonal().clone())
         keep = sweep(weight, factor, choose, width)
         del factor
-        parts = zip(keep.split(rows, dim=1), weight.split(rows, dim=1), strict=True)
-        return self._polished(layer, [(k.T.contiguous(), w.T.contiguous()) for k, w in parts])
+        return self.polished(layer, keep, weight)
 
-    def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor | None:
-        return self.reweigh_many([site], [evidence], [mask])[0]
-
-    def reweigh_many(
-        self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], masks: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """The survivors' values for booleans [out, in] that were decided elsewhere."""
-        out: list[Tensor | None] = [site.weight for site in sites]
-        for members in together(sites, evidence, [at for at, mask in enumerate(masks) if not bool(mask.all())]):
-            layer = Layer.of([sites[at] for at in members], [evidence[at] for at in members], [0] * len(members))
-            weight, factor = self._prepared(layer)
-            stays = torch.cat([masks[at].T.to(weight.device) for at in members], dim=1)
-            sweep(weight, factor, partial(_chosen, stays), 4 * LEAF)
-            del factor
-            rows = [len(w) for w in layer.weights]
-            parts = zip(stays.split(rows, dim=1), weight.split(rows, dim=1), strict=True)
-            found = self._polished(layer, [(k.T.contiguous(), w.T.contiguous()) for k, w in parts])
-            for at, (_, value) in zip(members, found, strict=True):
-                out[at] = value
-        return out
-
-    def _polished(self, layer: Layer, found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """The survivors nearer to what keeps each matrix's own output best."""
-        if not self.polish or layer.silent:
-            return found
-        h, _ = damped(layer.gram, self.damping)
-        return [
-            (mask, conjugate_gradients(h, original @ h, mask, weight, self.polish))
-            for original, (mask, weight) in zip(layer.weights, found, strict=True)
-        ]
-
-    def _prepared(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The matrices side by side, transposed [in, all rows], and U of the inputs they share."""
-        weight = torch.cat([w.T for w in layer.weights], dim=1)
-        return weight, inverse_factor(layer.gram, self.damping, ", ".join(site.name for site in layer.sites))
+    def values(self, layer: Layer, stays: Tensor) -> Tensor:
+        weight, factor = self.prepared(layer)
+        sweep(weight, factor, partial(_chosen, stays), 4 * LEAF)
+        return weight
 
     def _chooser(
         self, rows: Sequence[int], columns: int, counts: Sequence[int], diagonal: Tensor
@@ -140,43 +105,12 @@ def _chosen(stays: Tensor, a: int, b: int, weight: Tensor) -> Tensor:
     return stays[a:b]
 
 
-def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
-    """U [in, in], upper triangular with H^-1 = U^T U, for H = gram + damping * mean(diagonal) * I.
-
-    Raises:
-        SecateurError: the statistics are not finite, or H is not positive definite however damped.
-    """
-    diagonal = gram.diagonal().clone()
-    if not torch.isfinite(gram.sum()):
-        raise SecateurError(
-            f"{name}: the inputs' statistics are not finite",
-            works="check weights and text for NaN and Inf, or run the forward passes with --dtype fp32",
-        )
-    live = diagonal > 0
-    mean = float(diagonal[live].double().mean()) if bool(live.any()) else 1.0
-    h = gram.flip(0, 1)  # backwards: its lower factor, turned around, is an upper factor of H
-    base = torch.where(live, diagonal, mean).flip(0)
-    for attempt in range(TRIES + 1):
-        h.diagonal().copy_(base + max(damping, 1e-8 if attempt else 0.0) * 10.0**attempt * mean)
-        lower, info = torch.linalg.cholesky_ex(h)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            upper = lower.flip(0, 1)
-            del h, lower
-            eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-            return torch.linalg.solve_triangular(upper, eye, upper=True)
-    raise SecateurError(
-        f"{name}: X^T X is not positive definite",
-        received=f"damping {damping:g}, raised tenfold {TRIES} times",
-        works="more calibration text or a larger damping",
-    )
-
-
 def sweep(weight: Tensor, factor: Tensor, choose: Choose, width: int) -> Tensor:
     """Prune ``weight`` [in, rows] in place, columns of the matrix (rows here) in order.
 
     Args:
         weight: transposed weights, changed in place to the survivors' new values (zeros elsewhere).
-        factor: U as of `inverse_factor`.
+        factor: U as of `sweeping.inverse_factor`.
         choose: gives the booleans of rows a to b (True stays) from their present values.
         width: rows that ``choose`` decides on at a time.
 
