@@ -1,4 +1,4 @@
-"""Every way to prune weights without training, at 50, 60, 70 % and 2:4: quality, time and memory, a process per row.
+"""Every way to prune weights without training, and every effort: quality, time and memory, a process per row.
 
     .venv/bin/python benchmarks/methods.py --calibration c4.jsonl --test wikitext2-test.txt --choices piqa-dev.jsonl \\
         --out methods.json [--rows 'alps 60%' 'wanda 60% budget=owl' 'sparsegpt 2:4 bf16 seed=1']
@@ -25,6 +25,7 @@ import torch
 
 from secateur.account import cpu_name, peak_rss
 from secateur.cliff import Dial
+from secateur.effort import CHAINS
 from secateur.engine.host.origin import read_tokenizer, resolve
 from secateur.engine.store import Store
 from secateur.engine.text import TextSource, calibration, documents, pack, test_windows
@@ -45,22 +46,34 @@ WAYS: dict[str, dict[str, Any]] = {
     "wanda+ls": {"score": "wanda", "repair": "least_squares"},
     "dsnot": {"method": "dsnot"},
     "sparsegpt": {"method": "sparsegpt"},
-    "sparsegpt+ls": {"method": "sparsegpt", "repair": "least_squares"},
     "obs": {"method": "obs"},
     "swaps+ls": {"method": "sparseswaps", "repair": "least_squares"},
     "admm": {"method": "admm"},
     "alps": {"method": "alps"},
-    "alps-mix": {"method": "alps", "fit_on": "mix"},
-    "alps-dense": {"method": "alps", "fit_on": "dense"},
-    "alps+local": {"method": "alps", "repair": "local_reconstruction"},
     "fisher": {"score": "fisher"},
     "output_error": {"score": "output_error"},
     "taylor_block": {"score": "taylor_block"},
 }
-ORDER = (
-    "magnitude", "wanda", "ria", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot", "obs", "swaps+ls", "sparsegpt+ls",
-)  # fmt: skip
+PLAIN = ("magnitude", "wanda", "ria", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot", "obs", "swaps+ls")
+FIT = "repair=block_reconstruction:passes=4"
+MORE = [
+    *(f"{way} 4:8" for way in ("wanda", "sparsegpt", "alps")),
+    f"alps 4:8 fit_on=mix {FIT}",
+    *(f"{way} 10% grain=tile:16x16" for way in ("magnitude", "output_error", "taylor_block", "fisher")),
+    "fisher 10% budget=rate_distortion grain=tile:16x16",
+    f"fisher 20% grain=tile:16x16 {FIT}",
+]
 KL_WINDOWS, ITEMS = 16, 500
+
+
+def every_row() -> list[str]:
+    """Every plain way and every effort at every level, then n:m of eights and tiles."""
+    rows = [f"{way} {level}" for way in PLAIN for level in LEVELS]
+    for free, fixed in CHAINS.values():
+        for level in LEVELS:
+            words = dict(fixed if ":" in level else free)
+            rows.append(" ".join([words.pop("method"), level, *(f"{k}={words[k]}" for k in sorted(words))]))
+    return list(dict.fromkeys([*rows, *MORE]))
 
 
 def words_of(row: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -153,7 +166,7 @@ def main() -> None:
     at = {"cpu": cpu_name(), "torch": torch.__version__, "batch": args.batch_size}
     text = {"samples": args.samples, "windows": args.windows, "calibration": Path(args.calibration).name}
     found["conditions"] = at | {"seed": args.seed} | text
-    for row in args.rows or [f"{way} {level}" for way in ORDER for level in LEVELS]:
+    for row in args.rows or every_row():
         if row in found["rows"]:
             continue
         ran = subprocess.run([sys.executable, *sys.argv, "--row", row], stdout=subprocess.PIPE, text=True, check=False)

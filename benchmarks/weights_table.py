@@ -19,7 +19,7 @@ TARGET = HERE.parent / "docs" / "weights.md"
 LEVELS = ("50%", "60%", "70%", "2:4", "4:8")
 NAMES = {
     "magnitude": "magnitude, whole matrix", "wanda": "Wanda", "ria": "RIA", "wanda+ls": "Wanda, then least squares",
-    "sparsegpt": "SparseGPT", "sparsegpt+ls": "SparseGPT, then least squares", "dsnot": "DSnoT", "admm": "ADMM",
+    "sparsegpt": "SparseGPT", "dsnot": "DSnoT", "admm": "ADMM",
     "obs": "exact sets (OBS)", "swaps+ls": "Wanda, swaps, then least squares", "alps": "ALPS",
     "output_error": "output error", "taylor_block": "Taylor of tiles", "fisher": "Fisher information",
 }  # fmt: skip
