@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,20 @@ WAYS: dict[str, dict[str, Any]] = {
     "output_error": {"score": "output_error"},
     "taylor_block": {"score": "taylor_block"},
 }
+
+
+def chained(words: Mapping[str, str], level: str) -> str:
+    """An effort's chain as a row."""
+    return " ".join([words["method"], level, *(f"{k}={words[k]}" for k in sorted(words) if k != "method")])
+
+
 PLAIN = ("magnitude", "wanda", "ria", "wanda+ls", "sparsegpt", "admm", "alps", "dsnot", "obs", "swaps+ls")
-FIT = "repair=block_reconstruction:passes=4"
 MORE = [
     *(f"{way} 4:8" for way in ("wanda", "sparsegpt", "alps")),
-    f"alps 4:8 fit_on=mix {FIT}",
+    chained(CHAINS["balanced"][1], "4:8"),
     *(f"{way} 10% grain=tile:16x16" for way in ("magnitude", "output_error", "taylor_block", "fisher")),
     "fisher 10% budget=rate_distortion grain=tile:16x16",
-    f"fisher 20% grain=tile:16x16 {FIT}",
+    "fisher 20% grain=tile:16x16 repair=block_reconstruction:passes=4",
 ]
 KL_WINDOWS, ITEMS = 16, 500
 
@@ -70,9 +77,7 @@ def every_row() -> list[str]:
     """Every plain way and every effort at every level, then n:m of eights and tiles."""
     rows = [f"{way} {level}" for way in PLAIN for level in LEVELS]
     for free, fixed in CHAINS.values():
-        for level in LEVELS:
-            words = dict(fixed if ":" in level else free)
-            rows.append(" ".join([words.pop("method"), level, *(f"{k}={words[k]}" for k in sorted(words))]))
+        rows += [chained(fixed if ":" in level else free, level) for level in LEVELS]
     return list(dict.fromkeys([*rows, *MORE]))
 
 

@@ -41,9 +41,10 @@ WikiText-2 (64 windows of 1,024 tokens, bf16; dense 25.18), below it KL divergen
 16 windows) and PIQA (500 items; dense 0.664) where they were measured. Time in *fwd*: one dense fp32 pass of the
 decoder over the calibration text in the same process, CPU seconds, and not counted for rows that ran beside other work
 (`busy` in the results); a pass took about 180 to 240 s, or 90 in rows for which MKL was made to use AVX-512 on an AMD
-processor that gains from it (`unit`). Memory is the peak of pruning. Counts are exact. Magnitude and RIA compare
-weights of a whole matrix, as published; everything else within rows unless it says so. A dash was not run. Reproduce
-with `make bench-methods` and `make bench-weights`; generated text stands beside every number in `benchmarks/results`.
+processor that gains from it (`unit`). Memory is the peak of pruning. Counts are exact. Unless a row
+says so, weights compete within rows (Wanda, DSnoT, swaps), blocks of 128 columns (SparseGPT, exact sets) or whole
+matrices (magnitude, RIA, ADMM, ALPS). A dash was not run. Reproduce with `make bench-methods` and
+`make bench-weights`; generated text stands beside every number in `benchmarks/results`.
 """
 TILED = """Tiles of 16 x 16 weights go whole, so that a dense kernel can leave them out. Same protocol, dense 25.18."""
 SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense
@@ -139,7 +140,7 @@ def efforts(ways: Mapping[str, dict[str, Any]]) -> Iterable[tuple[str, dict[str,
     """What every effort comes to; n:m has a chain of its own."""
     by = {" ".join([key.split()[0], *sorted(key.split()[1:])]): own for key, own in ways.items()}
     for name, (free, fixed) in CHAINS.items():
-        own = by.get(key_of(free), {}) | {k: r for k, r in by.get(key_of(fixed), {}).items() if k == "2:4"}
+        own = by.get(key_of(free), {}) | {k: r for k, r in by.get(key_of(fixed), {}).items() if ":" in k}
         if own:
             yield f"**`--effort {name}`**: {said(key_of(free))}", own
 
