@@ -34,7 +34,13 @@ for fit in dense mix; do # what is fitted on the pruned model's inputs stands ab
     set -- "$@" "wanda 60% budget=uniform fit_on=$fit repair=least_squares bf16"
     set -- "$@" "sparsegpt 60% budget=uniform fit_on=$fit bf16" "alps 60% budget=uniform fit_on=$fit bf16"
 done
-set -- "$@" "alps 60% budget=uniform fit_on=mix repair=block_reconstruction bf16"
+for share in 0.12 0.5; do
+    set -- "$@" "sparsegpt 60% budget=uniform fit_on=mix:share=$share bf16"
+done
+set -- "$@" "alps 60% budget=uniform fit_on=mix:share=1 bf16"
+way="alps:rows=root 60% budget=rate_distortion"
+set -- "$@" "$way fit_on=mix bf16" "$way fit_on=mix repair=block_reconstruction bf16" \
+    "$way fit_on=mix:share=1 repair=block_reconstruction bf16"
 run ablation.json "$@"
 set --
 for way in "alps:rows=root 60% budget=rate_distortion" "sparsegpt:polish=0 60%" "sparsegpt 60%" "wanda 60%"; do

@@ -31,6 +31,9 @@ OPTIONS = {
     "rows=root": "rows weighed by the root of their Fisher information", "rows=fisher": "rows by Fisher information",
     "polish=0": "as published",
 }  # fmt: skip
+AIMS = {
+    "mix": " aiming a quarter of the way to the dense stream", "mix:share=1": " aiming at the dense stream",
+}  # fmt: skip
 TILES = " grain=tile:16x16"
 HEAD = """# Weights without training, measured
 
@@ -50,7 +53,7 @@ TILED = """Tiles of 16 x 16 weights go whole, so that a dense kernel can leave t
 SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense
 22.8, bf16 forwards), so comparable with each other only: `sh benchmarks/ablation.sh`."""
 FITTED = """The same by whose activations layers are fitted on (`--fit-on`): the dense model's, the pruned one's, or the
-pruned one's inputs with the dense one's outputs. Counts uniform."""
+pruned one's inputs with outputs a share of the way to the dense one's (`mix`: a quarter)."""
 TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
 (Python's help topics):"""
 
@@ -84,8 +87,8 @@ def said(key: str) -> str:
     words = dict(m.partition("=")[::2] for m in more)
     way, _, options = way.partition(":")
     parts = [NAMES[way] + (f" ({OPTIONS.get(options, options.replace('=', ' '))})" if options else "")]
-    if words.pop("fit_on", "") == "mix":
-        parts[0] += " aiming at the dense stream"
+    if fit := words.pop("fit_on", ""):
+        parts[0] += AIMS[fit]
     if (budget := words.pop("budget", "uniform")) != "uniform":
         parts.append(f"budget `{budget}`")
     if repair := words.pop("repair", ""):
@@ -193,13 +196,13 @@ def fits() -> list[str]:
     by: dict[str, dict[str, Any]] = {}
     for name, row in read("ablation.json")["rows"].items():
         words = dict(w.partition("=")[::2] for w in name.split()[2:])
-        if words["budget"] == "uniform":
-            key = " ".join(w for w in name.split() if not w.startswith(("fit_on", "budget")) and w != "bf16")
-            by.setdefault(apart(key)[1], {})[words.get("fit_on", "pruned")] = row
-    out = head("", *FITS)
+        key = " ".join(w for w in name.split() if not w.startswith("fit_on") and w != "bf16")
+        by.setdefault(apart(key)[1], {})[words.get("fit_on", "pruned")] = row
+    others = sorted({fit for own in by.values() for fit in own} - set(FITS))
+    out = head("", *FITS, *others)
     for key, own in by.items():
         if len(own) > 1:
-            out.append(cells(said(key), *(brief(own.get(f)) for f in FITS)))
+            out.append(cells(said(key), *(brief(own.get(f)) for f in (*FITS, *others))))
     return out
 
 

@@ -15,8 +15,8 @@ Words = Mapping[str, str]
 
 # For n:m, whose grain leaves nothing to allocate and compares no rows; and what comes on top where it does not.
 _FAST: Words = {"method": "alps"}
-_BALANCED: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=4"}
-_BEST: Words = {"method": "alps", "fit_on": "mix", "repair": "block_reconstruction:passes=8"}
+_BALANCED: Words = {"method": "alps", "repair": "block_reconstruction:passes=4"}
+_BEST: Words = {"method": "alps", "repair": "block_reconstruction:passes=8"}
 _FREE: Words = {"method": "alps:rows=root", "budget": "rate_distortion"}
 CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
     {

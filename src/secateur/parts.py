@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from secateur.engine.probes import Gram, Probe, paired
@@ -14,6 +14,7 @@ from secateur.methods.budgets import BUDGETS
 from secateur.methods.budgets.component_map import ComponentMap, Rule
 from secateur.methods.budgets.protected import Protected
 from secateur.methods.composed import Composed
+from secateur.methods.fitting import FITS, FitOn, Pruned
 from secateur.methods.grains import Grain, parse_grain
 from secateur.methods.joint import METHODS
 from secateur.methods.legal import check_legal
@@ -41,7 +42,7 @@ class Parts:
     budget: Budget
     ranking: Score | UnitScore
     repair: Repair | None = None
-    fit_on: str = "pruned"
+    fit_on: FitOn = field(default_factory=Pruned)
 
     @property
     def joint(self) -> bool:
@@ -62,7 +63,7 @@ class Parts:
     def beside(self) -> bool:
         """Whether fitting needs the dense model's activations beside those of the pruned one."""
         whole = isinstance(self.repair, PartRepair) and self.repair.whole
-        return self.fit_on == "mix" or (whole and self.fit_on == "pruned")
+        return self.fit_on.name == "mix" or (whole and self.fit_on.name == "pruned")
 
     @property
     def reads(self) -> bool:
@@ -73,7 +74,7 @@ class Parts:
     def held(self) -> int:
         """Sets of the text's activations that a walk holds at once: what the next block is fitted on, the dense stream
         beside it, its next ones while these are still looked at, and a sub-layer's inputs and targets."""
-        coming = self.streams and (self.beside or self.fit_on == "dense")
+        coming = self.streams and (self.beside or self.fit_on.name == "dense")
         parts = 2 * int(isinstance(self.repair, PartRepair) and not self.repair.whole)
         return 1 + int(self.beside) + int(coming) + parts
 
@@ -81,7 +82,7 @@ class Parts:
         """Probes for choosing what stays, for fitting weights (a joint method's and the repair's), or for both."""
         method = self.method.needs if choosing or (fitting and self.joint) else ()
         mended = self.repair.needs if fitting and self.repair is not None else ()
-        if self.fit_on == "mix":
+        if self.fit_on.name == "mix":
             method, mended = paired(method) if self.joint else method, paired(mended)
         return tuple(dict.fromkeys([*method, *mended]))
 
@@ -98,18 +99,18 @@ def parts_of(step: Step) -> Parts:
         SecateurError: an unknown name or option, or a score that is not legal for the space.
     """
     grain = parse_grain(step.grain or "unit")
-    budget, repair = budget_of(step), repair_of(step)
+    budget, repair, fit_on = budget_of(step), repair_of(step), fit_of(step)
     if step.method is not None:
         choice = step.choice("method")
         assert choice is not None
         method = make(choice, METHODS, Method, "method", {"grain": grain})
-        return _fits(Parts(method, None, grain, budget, _ranking(budget, None, grain), repair, step.fit_on), step)
+        return _fits(Parts(method, None, grain, budget, _ranking(budget, None, grain), repair, fit_on), step)
     choice = step.choice("score")
     assert choice is not None
     score = make(choice, SCORES, (Score, UnitScore), "score", {"grain": grain})
     check_legal(score, step.space)
     return _fits(
-        Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score, grain), repair, step.fit_on), step
+        Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score, grain), repair, fit_on), step
     )
 
 
@@ -119,20 +120,28 @@ def _fits(parts: Parts, step: Step) -> Parts:
     Raises:
         SecateurError: no text passes through the layers, or nothing that could aim at another stream's outputs.
     """
-    if step.fit_on != "pruned" and (step.space == "layer" or not parts.reads):
+    if parts.fit_on.name != "pruned" and (step.space == "layer" or not parts.reads):
         raise SecateurError(
             "nothing in this step is fitted on calibration text as it passes",
             received=f"fit_on {step.fit_on}",
             works="leave fit_on out, or add a repair (--repair least_squares)",
         )
     aims = parts.repair is not None or (parts.joint and Gram in parts.method.needs)
-    if step.fit_on == "mix" and not aims:
+    if parts.fit_on.name == "mix" and not aims:
         raise SecateurError(
             "a mix is something to fit weights to, and nothing in this step changes the weights that stay",
-            received="fit_on mix",
+            received=f"fit_on {step.fit_on}",
             works="--repair least_squares, a joint method that reads X^T X (sparsegpt), or fit_on dense or pruned",
         )
     return parts
+
+
+def fit_of(step: Step) -> FitOn:
+    """Whose activations a step's layers are fitted on."""
+    choice = step.choice("fit_on")
+    assert choice is not None
+    found: FitOn = make(choice, FITS, FitOn, "fit_on")
+    return found
 
 
 def budget_of(step: Step) -> Budget:

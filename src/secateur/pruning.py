@@ -62,7 +62,7 @@ class Pruner:
             return Plan()
         repair, fitter = self.parts.repair if self.reweigh else None, None
         if isinstance(repair, PartRepair) and visit.stream is not None:
-            fitter = Fitter(repair, visit, self.parts.fit_on == "dense", self.seed)
+            fitter = Fitter(repair, visit, self.parts.fit_on.name == "dense", self.seed)
         prune = self._prune_weights if self.step.space == "weight" else self._prune_units
         plan, left = prune(visit, counts, replay)
         if fitter is not None:

@@ -263,7 +263,7 @@ class Stage:
         told, skip = self.told if told is None else told, skip or set()
         survey = dense
         inputs, beside = fits and self.parts.streams, fits and self.parts.beside
-        dense = dense or self.parts.fit_on == "dense"
+        dense = dense or self.parts.fit_on.name == "dense"
         if not beside:  # one stream alone: a survey, or a search on the dense model's activations
             needs = tuple(p for p in needs if p.kind != "paired")
         reads = bool(needs) or inputs
@@ -289,6 +289,7 @@ class Stage:
             needs=needs,
             dense=dense,
             beside=beside,
+            aim=self.parts.fit_on.aim,
             inputs=inputs,
             device=self.at.device,
             dtype=self.at.dtype,

@@ -73,7 +73,7 @@ class Step:
     grain: str | None = None
     budget: str = "uniform"
     repair: str | None = None
-    fit_on: Literal["dense", "pruned", "mix"] = "pruned"
+    fit_on: str = "pruned"
     apply: Literal["mask", "cut"] | None = None
     protect: str | None = None
     map: tuple[MapRule, ...] = ()
@@ -98,10 +98,10 @@ class Step:
                 "neither score nor method is given",
                 works="score: magnitude needs no text; method: sparsegpt works on weights; effort: fast chooses",
             )
-        for word in ("score", "method", "budget", "repair"):
+        for word in ("score", "method", "budget", "repair", "fit_on"):
             if getattr(self, word) is not None:
                 put(word, str(read_choice(getattr(self, word), word)))
-        if self.fit_on not in FITS:
+        if read_choice(self.fit_on, "fit_on").name not in FITS:
             raise unknown("stream to fit on", self.fit_on, FITS)
         self._settle_grain(put)
         self._settle_amount(put)
@@ -223,7 +223,7 @@ class Step:
         """Layers left whole at the start and at the end."""
         return read_protect(self.protect) if self.protect is not None else (0, 0)
 
-    def choice(self, word: Literal["score", "method", "budget", "repair"]) -> Choice | None:
+    def choice(self, word: Literal["score", "method", "budget", "repair", "fit_on"]) -> Choice | None:
         """A named part with its options."""
         value = getattr(self, word)
         return read_choice(value, word) if value is not None else None

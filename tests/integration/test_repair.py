@@ -201,7 +201,7 @@ def test_sub_layers_and_blocks_of_other_shapes_are_fitted(family: str, choice: s
 MATRICES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-@pytest.mark.parametrize("fit_on", ["dense", "pruned", "mix"])
+@pytest.mark.parametrize("fit_on", ["dense", "pruned", "mix", "mix:share=1"])
 @pytest.mark.parametrize("choice", ["row", "ffn"])
 def test_least_squares_fits_what_it_says(fit_on: str, choice: str) -> None:
     """The second block against a general solver, on inputs heard in the host's own forward passes."""
@@ -213,7 +213,8 @@ def test_least_squares_fits_what_it_says(fit_on: str, choice: str) -> None:
         w = model.get_submodule(full).weight.detach().double()
         dense, here = inputs(model, full), inputs(behind, full)
         x = dense if fit_on == "dense" else here
-        y = (dense if fit_on != "pruned" else here) @ w.T
+        share = {"dense": 1, "pruned": 0, "mix": 0.25, "mix:share=1": 1}[fit_on]
+        y = (here + share * (dense - here)) @ w.T
         if choice == "row":
             mask, got = plan[f"0/weight/{full}.weight"], tensors[f"1.{name}.weight"]
         else:
@@ -249,10 +250,11 @@ def test_a_joint_method_sees_the_weights_to_aim_at(method: str) -> None:
     assert off["mix"] < off["pruned"]
 
 
-def test_the_two_streams_of_experts_are_paired_token_by_token() -> None:
+@pytest.mark.parametrize("share", [1, 0.25])
+def test_the_two_streams_of_experts_are_paired_token_by_token(share: float) -> None:
     """Every expert's cross statistics against the definition of a Mixtral layer, on both streams' inputs."""
     model = make("mixtral")
-    step = Step("weight", score="wanda", keep=0.5, repair="least_squares", fit_on="mix")
+    step = Step("weight", score="wanda", keep=0.5, repair="least_squares", fit_on=f"mix:share={share}")
     stage = Stage(Store.of_model(model, torch.float32), step, 0, Conditions(lambda: BATCHES))
     stage.store.load_rest(stage.model, "cpu")
     seen = {}
@@ -271,15 +273,17 @@ def test_the_two_streams_of_experts_are_paired_token_by_token() -> None:
     for e in range(4):
         at = (best == e).any(-1)
         cross = seen[f"model.layers.1.mlp.experts.gate_up_proj[{e}]"][CrossGram].cross
-        torch.testing.assert_close(cross, x[at].T @ z[at], rtol=1e-3, atol=1e-3)
+        aim = x[at] + share * (z[at] - x[at])
+        torch.testing.assert_close(cross, x[at].T @ aim, rtol=1e-3, atol=1e-3)
 
         def inner(v: Tensor, e: int = e) -> Tensor:
             a, b = (v @ moe.experts.gate_up_proj[e].T).chunk(2, -1)
             return torch.nn.functional.silu(a) * b
 
         down = seen[f"model.layers.1.mlp.experts.down_proj[{e}]"]
-        torch.testing.assert_close(down[CrossGram].cross, inner(x[at]).T @ inner(z[at]), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(down[DenseMean].mean, inner(z[at]).mean(0), rtol=1e-3, atol=1e-4)
+        aim = inner(x[at]) + share * (inner(z[at]) - inner(x[at]))
+        torch.testing.assert_close(down[CrossGram].cross, inner(x[at]).T @ aim, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(down[DenseMean].mean, aim.mean(0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("fit_on", ["dense", "pruned", "mix"])

@@ -90,7 +90,7 @@ def decided(parts: Parts, sites: list[MatrixSite], evidence: list[Evidence]) -> 
 def test_bytes_of_deciding_are_those_that_are_alive(words: dict[str, str]) -> None:
     step = Step("weight", sparsity="0.5", **words)  # type: ignore[arg-type]
     parts = parts_of(step)
-    sites, evidence = case(parts.fit_on == "mix")
+    sites, evidence = case(parts.fit_on.name == "mix")
     with Watch() as watch:
         kept = decided(parts, sites, evidence)
     assert sum(int(k.mask.sum()) for k in kept) == WEIGHTS // 2

@@ -40,14 +40,15 @@ class Ear:
         block, module: what is listened to; nothing of it is changed.
         needs: probe classes to fill; ``block`` and ``gradient`` kinds are fed by the caller (`block_probes`,
             `gradients`), all others by hooks.
+        aim: how far from the inputs to the dense stream's lies what paired statistics hold the inputs against.
 
     Attributes:
         evidence: filled while listening, by site name (see `site_name`).
         block_evidence: of the block as a whole and of its router.
     """
 
-    def __init__(self, block: Block, module: nn.Module, needs: Sequence[type[Probe]]) -> None:
-        self.block, self.module = block, module
+    def __init__(self, block: Block, module: nn.Module, needs: Sequence[type[Probe]], aim: float = 1.0) -> None:
+        self.block, self.module, self.aim = block, module, aim
         kinds = {p: p.kind for p in needs}
         self.input = [p for p, k in kinds.items() if k == "input"]
         self.positions = [p for p, k in kinds.items() if k == "positions"]
@@ -197,11 +198,15 @@ class Ear:
                 for p in self.positions:
                     evidence[p].update(flat.reshape(*self.batch_shape[:-1], -1))
                 for p in self.paired:
-                    assert dense is not None, "paired statistics need both streams"
-                    evidence[p].update(flat, None, dense.reshape(flat.shape))
+                    evidence[p].update(flat, None, self._aimed(flat, dense))
             for p in self.weighted:
                 weight = m.view(self.module.get_parameter(m.tensor))
                 evidence[p].update(flat, None, weight)
+
+    def _aimed(self, x: Tensor, dense: Tensor | None) -> Tensor:
+        assert dense is not None, "paired statistics need both streams"
+        dense = dense.detach().reshape(x.shape)
+        return dense if self.aim == 1 else torch.lerp(x, dense, self.aim)
 
     def _expert_hook(self, matrices: list[Any]) -> Heard:
         by_name = {m.tensor.rsplit(".", 1)[-1]: m for m in matrices}
@@ -219,8 +224,7 @@ class Ear:
                 for p in self.positions:
                     evidence[p].update((x * gate.unsqueeze(-1)).unsqueeze(1))
                 for p in self.paired:
-                    assert dense is not None, "paired statistics need both streams"
-                    evidence[p].update(x, gate, dense.detach())
+                    evidence[p].update(x, gate, self._aimed(x, dense))
                 for p in self.weighted:
                     evidence[p].update(x, gate, m.view(self.module.get_parameter(m.tensor), expert))
 

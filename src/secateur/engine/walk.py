@@ -46,6 +46,7 @@ class WalkSettings:
         dense: every block sees the dense model's activations, whatever becomes of the blocks; one pass each.
         beside: carry the dense model's activations beside those of the changed blocks, for ``paired`` statistics and
             for `Stream.dense`: one more pass each.
+        aim: the share of the way from the inputs to the dense stream's at which ``paired`` statistics aim.
         inputs: keep a block's inputs while it is visited (`Visit.stream`).
         device: where the block being worked on lives.
         dtype: precision of the matrix products of the forward passes; weights, norms and the residual stream stay
@@ -60,6 +61,7 @@ class WalkSettings:
     needs: tuple[type[Probe], ...] = ()
     dense: bool = False
     beside: bool = False
+    aim: float = 1.0
     inputs: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -282,7 +284,7 @@ class _Feed:
         looked_at = self.how.inputs and not skip  # what the dense block answers, by `Stream.answer`
         keep_output = self.how.dense and (not last or looked_at)
         dense_goes_on = self.how.beside and (not last or looked_at)
-        ear = Ear(visit.block, visit.module, self.how.needs)
+        ear = Ear(visit.block, visit.module, self.how.needs, self.how.aim)
         visit.evidence, visit.block_evidence = ear.evidence, ear.block_evidence
         if self.how.inputs:
             visit.stream = _BlockStream(self, visit.block.index)

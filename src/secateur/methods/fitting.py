@@ -2,24 +2,30 @@
 
     dense     X = X_d     the output of every layer on the dense model's activations is kept
     pruned    X = X_p     ... on the activations that reach it after everything before it was pruned (SparseGPT's way)
-    mix       the pruned model's inputs, the dense model's outputs:   minimise |X_p W'^T - X_d W^T|^2
+    mix       the pruned model's inputs, outputs a share of the way to the dense model's:
+              minimise |X_p W'^T - X_a W^T|^2,     X_a = X_p + share (X_d - X_p),     share = 0.25
 
 ``dense`` and ``pruned`` are a choice of stream: methods see other evidence and nothing else changes. ``mix`` also
 lets a layer make up for what went wrong before it. All that needs is another weight to aim at. With
 
-    W* = argmin |X_p V^T - X_d W^T|^2 + shift |V - W|^2,     (G + shift I) W*^T = (X_p^T X_d + shift I) W^T,
+    W* = argmin |X_p V^T - X_a W^T|^2 + shift |V - W|^2,     (G + shift I) W*^T = (X_p^T X_a + shift I) W^T,
 
 and G = X_p^T X_p, the error of any W' is |X_p (W' - W*)^T|^2 plus what no W' can change. So a method that fits to W on
 G fits to the mix when it is handed W* instead of W; masked least squares with the same shift is exact then.
 
+All of the way (``mix:share=1``) breaks a model that has lost much: every layer of a block makes up for the same
+inherited error, and least squares from inputs that carry noise shrinks its answers, layer after layer.
+
 Source: the asymmetric calibration of GPTAQ (arXiv 2504.02692: a quantised layer's inputs against the full-precision
-model's outputs), written as a change of target; the normal equations are ours.
+model's outputs), written as a change of target; the normal equations are ours. A quarter of the way is the default of
+GPTQModel, which scales the correction (``alpha``); on SmolLM2 it is the best share we know, for pruning, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,8 +35,58 @@ from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite
 from secateur.methods.least_squares import damped
 
-FITS = ("dense", "pruned", "mix")
 DAMPING = 0.01  # pull towards the weights as they are, as a share of the mean diagonal of X^T X
+
+
+@dataclass(frozen=True)
+class FitOn:
+    """Whose activations layers are fitted on.
+
+    Attributes:
+        name: the recipe's word.
+        aim: the share of the way from a layer's own inputs to the dense model's at which paired statistics aim.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def aim(self) -> float:
+        return 1.0
+
+
+class Dense(FitOn):
+    """What a layer reads in the dense model."""
+
+    name = "dense"
+
+
+class Pruned(FitOn):
+    """What reaches a layer after everything before it was pruned."""
+
+    name = "pruned"
+
+
+@dataclass(frozen=True)
+class Mix(FitOn):
+    """The pruned model's inputs, and outputs that lie between its own and the dense model's.
+
+    Attributes:
+        share: how much of the way to the dense model's outputs, in (0, 1].
+    """
+
+    name = "mix"
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise SecateurError("share is not in (0, 1]", received=self.share, works="mix:share=0.25")
+
+    @property
+    def aim(self) -> float:
+        return float(self.share)
+
+
+FITS: dict[str, type[FitOn]] = {cls.name: cls for cls in (Dense, Pruned, Mix)}
 
 
 def fitted(sites: Sequence[MatrixSite], evidence: Sequence[Evidence], damping: float = DAMPING) -> list[MatrixSite]:

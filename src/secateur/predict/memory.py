@@ -116,7 +116,7 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
         widths = WIDTHS + (BEHIND if 4 * tokens * hidden <= HEAP else 0)
         batch = 4 * tokens * (WIDEST * widest + widths * hidden)
         parts["statistics"] = max(statistics(needs, b, text.length) for b in anatomy.blocks)
-        if first.parts.fit_on == "mix":  # what the dense stream has at every matrix
+        if first.parts.fit_on.name == "mix":  # what the dense stream has at every matrix
             batch += 4 * tokens * (widest + 3 * hidden)
         if first.parts.streams:  # the dense block; gradients, Adam's two moments, the values before; a way back
             fit = 5 * block + batch

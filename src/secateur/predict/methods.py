@@ -213,7 +213,7 @@ def deciding_bytes(parts: Parts, groups: Sequence[Group], share: float) -> int:
 
 def mixes(parts: Parts) -> int:
     """1 where layers are fitted on both streams, else 0."""
-    return int(parts.fit_on == "mix" and any(p is CrossGram for p in parts.needs))
+    return int(parts.fit_on.name == "mix" and any(p is CrossGram for p in parts.needs))
 
 
 def repair_work(repair: Repair | None, rows: int, n: int, share: float, units: bool) -> Work:

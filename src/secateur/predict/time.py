@@ -173,7 +173,7 @@ def _step(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed) -
         needs = parts.needs_of(choosing=not replayed, fitting=True)
         if surveys:  # what the whole model told the survey is not asked again
             needs = tuple(p for p in needs if p.kind != "gradient" or p not in parts.ranking.needs)
-        seconds += _gather(run, first, needs, own, head, at, dense=parts.fit_on == "dense") + _mend(
+        seconds += _gather(run, first, needs, own, head, at, dense=parts.fit_on.name == "dense") + _mend(
             run, first, parts, own, at
         )
     return seconds + _decide(first, step, at) * (2 if surveys else 1)
@@ -194,7 +194,7 @@ def _mend(run: _Run, first: Stage, parts: Parts, own: int, at: Speed) -> float:
                 work += repair_work(parts.repair, rows, g.columns, share_of(step), step.space != "weight").times(
                     g.count
                 )
-            if parts.fit_on == "mix" and (parts.joint or isinstance(parts.repair, LeastSquares)):
+            if parts.fit_on.name == "mix" and (parts.joint or isinstance(parts.repair, LeastSquares)):
                 work += aim_work(sum(g.rows), g.columns).times(g.count)
     return tokens * passes * own * OVERHEAD * at.product + seconds(work, at)
 
