@@ -322,7 +322,9 @@ def _prune_options(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--repair", metavar="NAME", help="least_squares, mean_bias, local_ or block_reconstruction: mend what stays"
     )
-    g.add_argument("--fit-on", metavar="S", help="whose activations layers are fitted on: dense, pruned, mix[:share=0.25]")
+    g.add_argument(
+        "--fit-on", metavar="S", help="whose activations layers are fitted on: dense, pruned, mix[:share=0.25]"
+    )
     g.add_argument("--grain", help="row, matrix, columns:128, 2:4, tile:16x16 or unit: who competes with whom")
     g.add_argument("--include", metavar="PATTERN", action="append", help="only tensors whose name matches (repeatable)")
     g.add_argument("--exclude", metavar="PATTERN", action="append", help="not tensors whose name matches (repeatable)")
