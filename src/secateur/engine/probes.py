@@ -104,7 +104,8 @@ class InputNorm(Probe):
 
 
 class DenseMean(Probe):
-    """Mean of the dense model's input at a matrix, over the tokens that reach the matrix in the pruned one."""
+    """Mean of the dense model's input at a matrix (or of what lies a share of the way to it, see `WalkSettings.aim`),
+    over the tokens that reach the matrix in the pruned one."""
 
     kind = "paired"
 
@@ -143,7 +144,8 @@ class InputMoments(Probe):
 
 
 class CrossGram(Probe):
-    """X^T X_dense: the pruned model's inputs against the dense model's, ``cross`` [in, in]."""
+    """X^T X_dense: the pruned model's inputs against the dense model's (or what lies a share of the way to these, see
+    `WalkSettings.aim`), ``cross`` [in, in]."""
 
     kind = "paired"
 
