@@ -41,6 +41,7 @@ set -- "$@" "alps 60% budget=uniform fit_on=mix:share=1 bf16"
 way="alps:rows=root 60% budget=rate_distortion"
 set -- "$@" "$way fit_on=mix bf16" "$way fit_on=mix repair=block_reconstruction bf16" \
     "$way fit_on=mix:share=1 repair=block_reconstruction bf16"
+set -- "$@" "$way repair=block_reconstruction:passes=3 bf16" # four are the default
 run ablation.json "$@"
 set --
 for way in "alps:rows=root 60% budget=rate_distortion" "sparsegpt:polish=0 60%" "sparsegpt 60%" "wanda 60%"; do
