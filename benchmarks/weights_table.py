@@ -88,7 +88,7 @@ def said(key: str) -> str:
     way, _, options = way.partition(":")
     parts = [NAMES[way] + (f" ({OPTIONS.get(options, options.replace('=', ' '))})" if options else "")]
     if fit := words.pop("fit_on", ""):
-        parts[0] += AIMS[fit]
+        parts[0] += AIMS.get(fit, f" fitted on {fit}")
     if (budget := words.pop("budget", "uniform")) != "uniform":
         parts.append(f"budget `{budget}`")
     if repair := words.pop("repair", ""):
