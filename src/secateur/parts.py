@@ -133,6 +133,13 @@ def _fits(parts: Parts, step: Step) -> Parts:
             received=f"fit_on {step.fit_on}",
             works="--repair least_squares, a joint method that reads X^T X (sparsegpt), or fit_on dense or pruned",
         )
+    choice = step.choice("fit_on")
+    if choice is not None and choice.options and not any(p.kind == "paired" for p in parts.needs):
+        raise SecateurError(
+            "reconstructions aim at the dense model's answers, not a share of the way",
+            received=f"fit_on {step.fit_on}, repair {step.repair}",
+            works="fit_on mix, or --repair least_squares",
+        )
     return parts
 
 

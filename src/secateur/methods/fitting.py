@@ -13,8 +13,8 @@ lets a layer make up for what went wrong before it. All that needs is another we
 and G = X_p^T X_p, the error of any W' is |X_p (W' - W*)^T|^2 plus what no W' can change. So a method that fits to W on
 G fits to the mix when it is handed W* instead of W; masked least squares with the same shift is exact then.
 
-All of the way (``mix:share=1``) breaks a model that has lost much: every layer of a block makes up for the same
-inherited error, and least squares from inputs that carry noise shrinks its answers, layer after layer.
+All of the way (``mix:share=1``) breaks a model that has lost much; probably because every layer of a block makes up for
+the same inherited error, and least squares from inputs that carry noise shrinks its answers, layer after layer.
 
 Source: the asymmetric calibration of GPTAQ (arXiv 2504.02692: a quantised layer's inputs against the full-precision
 model's outputs), written as a change of target; the normal equations are ours. A quarter of the way is the default of

@@ -270,6 +270,7 @@ def test_paired_statistics_follow_their_own() -> None:
         {"space": "weight", "fit_on": "both"},
         {"space": "weight", "fit_on": "mix"},
         {"space": "weight", "repair": "least_squares", "fit_on": "mix:share=0"},
+        {"space": "weight", "repair": "local_reconstruction", "fit_on": "mix:share=0.5"},
         {"space": "weight", "repair": "least_squares", "fit_on": "mix:share=2"},
         {"space": "weight", "repair": "least_squares", "fit_on": "pruned:share=0.5"},
         {"space": "weight", "score": None, "method": "dsnot", "fit_on": "mix"},

@@ -1,6 +1,6 @@
 """Mean bias: what the removed weights contributed on average goes into the bias.
 
-    b += (W - W') E[x]        (with both streams:  b += W E[x_dense] - W' E[x])
+    b += (W - W') E[x]        (on a mix:  b += W E[x_a] - W' E[x],  x_a as for `--fit-on mix`)
 
 so that every output keeps its mean over the calibration text: exactly the bias that minimises the squared error when
 the weights are left alone. For units that are cut, W - W' are their columns of the matrix that reads them.
