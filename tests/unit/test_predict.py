@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from secateur.anatomy import anatomy_of
-from secateur.cliff import FINEST, LENGTH, LEVELS, WINDOWS
+from secateur.cliff import CURVE_WINDOWS, FINEST, LENGTH, LEVELS, WINDOWS
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.probes import Gram, InputNorm, PositionSquares
 from secateur.engine.walk import WalkSettings, batches_of, walk
@@ -85,7 +85,7 @@ def test_seconds_of_every_phase(ground: list[Any], capsys: pytest.CaptureFixture
     walked = ns(TOKENS * own * passes) + passes * LAYERS * BATCHES * CALL
     assert phases["step 1"] == pytest.approx(walked, abs=1e-3)
     dense = ns(TOKENS * own) + LAYERS * BATCHES * CALL
-    points = len(LEVELS) * ns(WINDOWS * LENGTH * (own + HEAD))
+    points = len(LEVELS) * ns(CURVE_WINDOWS * LENGTH * (own + HEAD))
     assert phases["curve"] == pytest.approx(dense + points, abs=1e-3)
     measured = 2 * ns(2 * 16 * (LAYERS * (BLOCK + ATTENTION * 10) + HEAD))
     assert phases["measurement"] == pytest.approx(measured, abs=1e-3)

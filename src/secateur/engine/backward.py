@@ -70,7 +70,7 @@ class Backward:
 
         Args:
             windows: token ids [1, length] each.
-            loss: what is differentiated, from a window's number and its logits, fp32 [length, vocabulary].
+            loss: what is differentiated, from a window's number and its logits, fp32 [length, vocabulary] on the CPU.
 
         Raises:
             SecateurError: the model gives no probabilities of tokens (a plain encoder).
@@ -149,7 +149,7 @@ class Backward:
                     f"{type(self.model).__name__} gives no probabilities of tokens, so it has no loss to differentiate",
                     works="what needs no gradient: score wanda or magnitude, method alps, budget atp or uniform",
                 )
-            (slope,) = torch.autograd.grad(loss(logits[0].float()), hidden)
+            (slope,) = torch.autograd.grad(loss(logits[0].float().cpu()), hidden)
         return slope
 
     def _block(self, index: int) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from secateur.cliff import FINEST, LENGTH, LEVELS, WINDOWS, curve_step
+from secateur.cliff import CURVE_WINDOWS, FINEST, LENGTH, LEVELS, WINDOWS, curve_step
 from secateur.engine.fisher import FISHER_WINDOWS
 from secateur.engine.probes import Contribution, CrossGram, Fisher, Gradient, Gram, LocalGradient, Probe, walked
 from secateur.engine.walk import products_in
@@ -97,7 +97,8 @@ def durations(
             )
     if run.recipe.curve and not run.how.only_plan:
         step = curve_step(run.steps[0])
-        points = len(LEVELS) * _perplexity(run, macs[0], at) + (len(LEVELS) - 1) * _decide(first, step, at)
+        each = _perplexity(run, CURVE_WINDOWS, macs[0], at)
+        points = len(LEVELS) * each + (len(LEVELS) - 1) * _decide(first, step, at)
         out["curve"] = _gather(run, first, parts_of(step).needs, macs[0] - head, head, at, dense=True) + points
     if run.recipe.measure and run.how.measure and not run.how.only_plan:
         out["measurement"] = _measurement(run, first, (macs[0], macs[-1]), head, at)
@@ -262,15 +263,15 @@ def seconds(work: Work, at: Speed) -> float:
     return (work.products + FACTOR * work.factors) * at.product + passed * at.score + work.columns * COLUMN
 
 
-def _perplexity(run: _Run, macs: int, at: Speed) -> float:
+def _perplexity(run: _Run, windows: int, macs: int, at: Speed) -> float:
     """One model over the windows of a curve or search."""
-    logits = LENGTH * WINDOWS * vocabulary(run.store.config)
-    return WINDOWS * LENGTH * macs * at.measured * OVERHEAD + logits * at.logit * LOSS
+    logits = LENGTH * windows * vocabulary(run.store.config)
+    return windows * LENGTH * macs * at.measured * OVERHEAD + logits * at.logit * LOSS
 
 
 def _search(run: _Run, first: Stage, step: Step, own: int, head: int, at: Speed) -> float:
     """Bisecting on dense-stream evidence, then pruning for real in memory."""
-    once = _perplexity(run, own + head, at) + _decide(first, step, at)
+    once = _perplexity(run, WINDOWS, own + head, at) + _decide(first, step, at)
     gathered = _gather(run, first, parts_of(step).needs, own, head, at, dense=True)
     return gathered + (1 + log2(FINEST)) * once + TRIED * (once + _step(run, first, step, own, head, at))
 

@@ -142,7 +142,7 @@ def capture(model: nn.Module, path: str, batches: Sequence[Tensor]) -> Captured:
     Args:
         model: embedding, norms and buffers real; blocks may be on the meta device.
         path: module path of the list of blocks.
-        batches: token ids [batch, length] each.
+        batches: token ids [batch, length] each, on any device; what is captured lies on the CPU.
 
     Raises:
         SecateurError: a forward that does not pass through every block once (such a family cannot be walked).
@@ -157,14 +157,14 @@ def capture(model: nn.Module, path: str, batches: Sequence[Tensor]) -> Captured:
     with torch.no_grad(), _standing_in(blocks, log) as recorders:
         for ids in batches:
             log.clear()
-            base(input_ids=ids, **extra)
+            base(input_ids=ids.to(_front(model)), **extra)
             if len(log) != len(blocks):
                 raise SecateurError(
                     f"{type(model).__name__} does not call each of its {len(blocks)} blocks once in a forward pass",
                     received=f"{len(log)} calls",
                     works="score it by magnitude, which needs no text",
                 )
-            out.inputs.append(log[0][0])
+            out.inputs.append(log[0][0].cpu())
             calls = [c for _, c in log]
             if out.calls:
                 calls = [_shared(c, first) for c, first in zip(calls, out.calls[0], strict=True)]
@@ -184,8 +184,14 @@ def finish(model: Any, path: str, ids: Tensor, hidden: Tensor) -> Any:
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
     with _standing_in(blocks, []) as recorders:
-        object.__setattr__(recorders[-1], "answer", hidden)
-        return model(input_ids=ids, use_cache=False)
+        device = _front(model)
+        object.__setattr__(recorders[-1], "answer", hidden.to(device))
+        return model(input_ids=ids.to(device), use_cache=False)
+
+
+def _front(model: Any) -> torch.device:
+    """Where the host expects tokens: where its embedding lies."""
+    return model.get_input_embeddings().weight.device
 
 
 def _shared(call: Call, first: Call) -> Call:
