@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 LEVELS = tuple(Decimal(n) / 10 for n in range(8))  # 0 to 70 %
 FINEST = 128  # a bound is bisected to 1 / FINEST of the units
 TRIES = 4  # how often a sparsity that fails for real is lowered
-WINDOWS, LENGTH = 8, 512  # of the builtin test text
+WINDOWS, LENGTH = 8, 512  # of the builtin test text: what a bound is verified on
+CURVE_WINDOWS = 4  # a curve shows where the cliff is; its points share their windows, so fewer tell them apart
 
 
 @dataclass(frozen=True)
@@ -148,16 +149,16 @@ class Dial:
             return perplexity(self.model, self.windows).value
 
 
-def dial_of(run: _Run, store: Store, step: Step, number: int) -> Dial:
-    """A dial on the builtin test text, with the run's conditions."""
+def dial_of(run: _Run, store: Store, step: Step, number: int, windows: int) -> Dial:
+    """A dial on so many windows of the builtin test text, with the run's conditions."""
     if run.tokenizer is None:
         raise SecateurError(
             "perplexity cannot be measured: the model has no tokenizer",
             received=run.recipe.model,
             works="give keep or sparsity instead of --at-most-worse",
         )
-    windows = test_windows(pack(run.tokenizer, documents("builtin", "test")), WINDOWS, LENGTH)
-    return Dial(store, step, number, run.conditions(), windows)
+    text = test_windows(pack(run.tokenizer, documents("builtin", "test")), windows, LENGTH)
+    return Dial(store, step, number, run.conditions(), text)
 
 
 def curve_step(step: Step) -> Step:
@@ -173,7 +174,7 @@ def curve_of(run: _Run, store: Store, step: Step) -> Curve:
     """Perplexity from 0 to 70 %. A joint method's curve is that of Wanda on the same space, row by row."""
     chosen = None if step.amount is None or step.amount.share is None else float(1 - step.amount.share)
     step = curve_step(step)
-    dial = dial_of(run, store, step, 0)
+    dial = dial_of(run, store, step, 0, CURVE_WINDOWS)
     points = []
     for done, level in enumerate(LEVELS, 1):
         points.append(CurvePoint(float(level), dial.perplexity(level)))
@@ -181,8 +182,8 @@ def curve_of(run: _Run, store: Store, step: Step) -> Curve:
     label = f"{step.score}, {step.space} by {step.grain}"
     note = (
         f"One set of dense-stream {step.score} evidence: every sparsity was decided from the dense model's activations "
-        f"and measured on {WINDOWS} windows of {LENGTH} tokens of the builtin test text. The run itself prunes block "
-        "by block, so its own result can lie beside the curve."
+        f"and measured on {CURVE_WINDOWS} windows of {LENGTH} tokens of the builtin test text. The run itself prunes "
+        "block by block, so its own result can lie beside the curve."
     )
     return Curve(label, tuple(points), note, chosen)
 
@@ -196,13 +197,21 @@ def within_bound(run: _Run, store: Store, step: Step, number: int) -> Found:
         SecateurError: not even the smallest sparsity stays within the bound.
     """
     assert step.worse is not None
-    dial = dial_of(run, store, step, number)
+    dial = dial_of(run, store, step, number, WINDOWS)
     bound = dial.perplexity(Decimal(0)) * float(1 + step.worse)
     low, high = 0, FINEST  # low holds, high does not (nothing left)
+    refused: SecateurError | None = None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if dial.perplexity(Decimal(middle) / FINEST) <= bound else (low, middle)
+        try:
+            holds, refused = dial.perplexity(Decimal(middle) / FINEST) <= bound, None
+        except SecateurError as error:  # so much cannot go: a layer would be left without units
+            holds, refused = False, error
+        low, high = (middle, high) if holds else (low, middle)
+    if not low and refused is not None:  # not even the smallest part
+        raise refused
     notes, reached = [], float("nan")
+    back = max(1, low // 16)
     for _ in range(TRIES):
         if low == 0:
             break
@@ -210,7 +219,7 @@ def within_bound(run: _Run, store: Store, step: Step, number: int) -> Found:
         if reached <= bound:
             break
         notes.append(f"sparsity {low / FINEST:.3f} gave {reached:.2f} when pruned block by block, above {bound:.2f}")
-        low -= max(1, low // 16)
+        low, back = low - back, 2 * back  # further every time: where units are few, a small step changes nothing
     if low <= 0 or not reached <= bound:
         raise SecateurError(
             f"no sparsity was found within {step.at_most_worse} of the dense perplexity",

@@ -184,7 +184,7 @@ def read_worse(value: object) -> Decimal:
     """``5%``, ``0.05``: the largest relative rise of perplexity that is accepted."""
     number, _ = decimal(value, "at_most_worse")
     if not 0 < number <= 100:
-        raise SecateurError("at_most_worse is not a positive share", received=value, works="5% or 0.05 works")
+        raise SecateurError("at_most_worse is not above 0 and at most 10000%", received=value, works="5% or 0.05 works")
     return number
 
 

@@ -466,6 +466,17 @@ def test_a_search_for_a_bound_mends_too(repair: str | None, fit_on: str) -> None
     assert perplexity(dial.model, dial.windows).value == dense
 
 
+@pytest.mark.parametrize("space", ["ffn", "kv_group", "layer"])
+def test_a_bound_that_all_meet_leaves_a_unit(ground: Path, tmp_path: Path, space: str) -> None:
+    """127 of 128 parts of 40 neurons, two groups or three layers would be all of them."""
+    score = "block_influence" if space == "layer" else "wanda"
+    words = ["--space", space, "--score", score, "--apply", "mask", "--at-most-worse", "500%"]
+    more = ["--text", ground / "text.txt", *SMALL]
+    assert cli("prune", ground / "model", "-o", tmp_path / "out", *words, *more) == 0
+    plan = Plan.open(tmp_path / "out/plan.safetensors")
+    assert {plan.kept(key) for key in plan} == {1}
+
+
 @pytest.mark.parametrize("effort", ["fast", "balanced", "best"])
 @pytest.mark.parametrize("grain", ["matrix", "2:4"])
 def test_an_effort_is_carried_out_and_the_report_says_which_chain(
