@@ -82,9 +82,9 @@ def every_row() -> list[str]:
 
 
 def words_of(row: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """``WAY[:OPTIONS] LEVEL [word=value ...] [seed=N] [text=SOURCE] [bf16]`` as the step's words and, apart, what it
-    runs under: seed, text, and the dtype of the forward passes. A level is a sparsity or n:m; options are those of the
-    way's method or score."""
+    """``WAY[:OPTIONS] LEVEL [word=value ...] [seed=N] [text=SOURCE] [batch=N] [bf16]`` as the step's words and, apart,
+    what it runs under: seed, text, windows per forward pass and the dtype of the passes. A level is a sparsity or n:m;
+    options are those of the way's method or score."""
     way, level, *more = row.split()
     way, colon, options = way.partition(":")
     words = {**WAYS[way], ("sparsity" if level.endswith("%") else "grain"): level}
@@ -95,7 +95,7 @@ def words_of(row: str) -> tuple[dict[str, Any], dict[str, str]]:
         key, _, value = word.partition("=")
         if word == "bf16":
             under["dtype"] = word
-        elif key in ("seed", "text"):
+        elif key in ("seed", "text", "batch"):
             under[key] = value
         else:
             words[key] = value
@@ -111,7 +111,7 @@ def one(args: argparse.Namespace, row: str) -> dict[str, Any]:
     seed, dtype = int(under.get("seed", args.seed)), under["dtype"]
     text = calibration(TextSource(under.get("text", args.calibration), args.samples, 1024, seed), tokenizer)
     test = test_windows(pack(tokenizer, documents(args.test, "test")), args.windows, 1024)
-    batches = batches_of(text, args.batch_size)
+    batches = batches_of(text, int(under.get("batch", args.batch_size)))
     at = Conditions(batches=lambda: batches, seed=seed, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     dial = Dial(store, Step(space="weight", score="magnitude", keep="1.0"), 0, at, test)
     dial.dense.clear()  # nothing is restored here
