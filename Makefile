@@ -10,7 +10,7 @@ BIN         := .venv/bin
 STAMP       := .venv/.secateur
 PIP         := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-BENCHES := bench-weights bench-methods bench-ablation bench-literal bench-structure bench-streaming bench-cost bench-packed bench-kernels bench-decode
+BENCHES := bench-weights bench-methods bench-rounding bench-ablation bench-literal bench-structure bench-streaming bench-cost bench-packed bench-kernels bench-decode
 
 .PHONY: help setup demo test check check-slow lint docs bench texts clean $(BENCHES)
 
@@ -64,7 +64,7 @@ BENCH   := out/bench
 
 bench: $(BENCHES)
 
-bench-weights bench-methods bench-ablation bench-literal bench-structure bench-decode: texts setup
+bench-weights bench-methods bench-rounding bench-ablation bench-literal bench-structure bench-decode: texts setup
 bench-streaming bench-cost bench-packed bench-kernels: setup
 
 texts:
@@ -80,6 +80,11 @@ bench-methods:
 	@mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/methods.py --calibration "$(CALIBRATION)" --test "$(TEST)" \
 	  $(if $(CHOICES),--choices "$(CHOICES)") --out $(BENCH)/methods.json
+
+bench-rounding:
+	@mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/methods.py --calibration "$(CALIBRATION)" --test "$(TEST)" --out $(BENCH)/rounding.json \
+	  --rows 'wanda 70% batch=1' 'wanda 70% batch=2' 'wanda 70% batch=8' 'wanda 70% batch=16'
 
 bench-ablation:
 	@mkdir -p $(BENCH)
