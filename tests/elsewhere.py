@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
-DEVICE = torch.device(
-    "lazy:0"
-)  # a type that torch knows, that this build has no kernels for, and that backward accepts
+# A type that torch knows and has no kernels for here, and that backward takes on its own thread.
+DEVICE = torch.device("lazy:0")
 CPU = torch.device("cpu")
 aten: Any = torch.ops.aten
 _AUTOCAST, _TENSOR = torch.autocast, torch.tensor
@@ -64,7 +63,7 @@ class Elsewhere(Tensor):
         return self.held.tolist()  # as a GPU's tensor gives; torch has it for no subclass
 
     def data_ptr(self) -> int:
-        return self.held.data_ptr()
+        return self.held.data_ptr()  # tells one tensor's memory from another's
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,12 +113,11 @@ def computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     found = _carried_out(func, tree_map(_held, tuple(args)), tree_map(_held, plain))
     if func is aten.copy_.default:
         return args[0]
-    if (_is_there(asked) if asked is not None else bool(there)) and func is not aten._to_copy.default:
-        return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrapped, found))
+    stays = bool(there) if asked is None else _is_there(asked)
     if func is aten._to_copy.default:
         found = found.clone() if any(found is t.held for t in there) else found
-        return _wrapped(found) if _is_there(asked) or (asked is None and there) else found
-    return found
+        return _wrapped(found) if stays else found
+    return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrapped, found)) if stays else found
 
 
 def _carried_out(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
