@@ -1,9 +1,9 @@
 """Exact selection of the best: asked for k, gives k, ties included.
 
-Among equals, places are spread evenly over the matrix: the entry at flat index i has the fixed rank
-(i * 2654435761) mod 2^32 (Knuth's multiplicative hash: neighbours lie far apart), and the highest rank wins. Weights
-that were quantised once are full of ties, and a rule such as "the lowest index wins" always takes from the same end
-of every row.
+Among equals, places are scattered over the matrix: every flat index has a fixed rank (`scattered`), and the highest
+rank wins. Weights that were quantised once are full of ties, and a rule such as "the lowest index wins" always takes
+from the same end of every row. Multiples of one constant modulo 2^32 would not do either: at some widths (Knuth's
+2654435761 at 576) they are almost the same from row to row, so that whole columns win or lose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from secateur.errors import SecateurError
 
 CHUNK = 1 << 22  # scores looked at together: bounds the copies that a selection makes
-KNUTH = 2654435761  # about 2^32 / golden ratio; odd, so that no two indices below 2^32 share a rank
 LOW = 0xFFFFFFFF
 
 
@@ -35,6 +34,14 @@ def check_scores(scores: Tensor) -> None:
         )
 
 
+def scattered(index: Tensor) -> Tensor:
+    """Indices below 2^32 as numbers below 2^32 without any pattern, no two the same (MurmurHash3's last step)."""
+    index = index & LOW
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        index = ((index ^ (index >> shift)) * factor) & LOW
+    return index ^ (index >> 16)
+
+
 def kth_largest(scores: Tensor, k: int) -> Tensor:
     """The k-th largest entry (k from 1) of every row of [rows, n]: [rows]."""
     n = scores.shape[1]
@@ -45,7 +52,7 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
 
 
 def top_rows(scores: Tensor, k: int) -> Tensor:
-    """True at the k largest of every row of [rows, n]; ties are spread (see above)."""
+    """True at the k largest of every row of [rows, n]; ties are scattered (see above)."""
     rows, n = scores.shape
     if k <= 0 or k >= n:
         return torch.full_like(scores, k > 0, dtype=torch.bool)
@@ -73,7 +80,7 @@ def spread(equal: Tensor, room: Tensor, rows: Tensor) -> Tensor:
         rows: int64 [t], the rows' indices in the matrix.
     """
     r, c = equal.nonzero(as_tuple=True)
-    rank = ((rows[r] * equal.shape[1] + c) * KNUTH) & LOW
+    rank = scattered(rows[r] * equal.shape[1] + c)
     order = ((r << 32) | (LOW - rank)).argsort()
     sorted_rows = r[order]
     first = torch.searchsorted(sorted_rows, torch.arange(len(rows), device=r.device))
