@@ -12,7 +12,7 @@ of the group of the one that comes. Weights that stay keep their values.
 Deviations: every exchange must shrink |e|, and e keeps its sign in rows as for n:m (the released code lets it turn in
 rows, and exchanges on: ``turns=true``); all matrices take part (there by default those of attention alone); blocks of
 columns exchange within their block as n:m does; a row whose candidates run out stops; counts stay exactly those of the
-mask it starts from. On SmolLM2 none of it gains anything over Wanda (docs/decisions.md).
+mask it starts from. On SmolLM2 it gains over Wanda at 2:4 and loses in whole rows (docs/decisions.md).
 """
 
 from __future__ import annotations
