@@ -53,7 +53,7 @@ OTHERS = """On the same work on another machine, and, in the last rows, written 
 (`benchmarks/literal.py`). Our SparseGPT is 7, 17, 22 and 8 % below the authors' at 50, 60, 70 % and 2:4. Above
 others by more than 1 % is Wanda at 70 % (+5 to +12 %; the literal one here +8 %).
 
-A broken small model amplifies rounding: the same algorithm on two machines is 7 % apart at 70 %. Our Wanda at 70 %
+A broken small model amplifies rounding: the same algorithm on two machines is 8 % apart at 70 %. Our Wanda at 70 %
 gave 1331 in batches of 1 and 2, 1287 of 4 (the row above) and 8, 1276 of 16 (`make bench-rounding`, with MKL's
 AVX-512 products; with AVX2 products 1244 in batches of 4), and nothing differs but the order of sums; the authors'
 1190, with as many zeros, lies 4 % below all of these. SparseGPT as published, with the same
