@@ -60,7 +60,7 @@ AVX-512 products; with AVX2 products 1244 in batches of 4), and nothing differs 
 windows in another order or in other batches, gave 109.8 to 113.9 at 2:4 and 325 to 362 at 70 %. Read differences
 below that as nothing. Ties matter, too: the packaged weights come from 4 bits, so many are equal. The literal
 magnitude at 60 % drops all that tie, 7,836 weights more than were asked for. At 2:4 it is 3038 when ties go to the
-lowest index and 1816 when they go to the highest; we scatter them. Which of several scattered orders, moves
+lowest index and 1816 when they go to the highest; we scatter them. Which scattered order it is moves
 magnitude at 60 % between 4136 and 4207 (decisions.md, "Ties are scattered")."""
 TILED = """Tiles of 16 x 16 weights go whole, so that a dense kernel can leave them out. Same protocol, dense 25.18."""
 SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, dense

@@ -118,7 +118,7 @@ class Sweep:
             saved = self.weight[a:b].square() / self._alone(a, b).unsqueeze(1)
             chosen = []
             for part, own in zip(saved.split(list(rows), dim=1), seats, strict=True):
-                best = top_rows(part.T.reshape(1, -1), own[number])  # row by row: ties fall to the lowest row
+                best = top_rows(part.T.reshape(1, -1), own[number])  # row by row: ties are scattered by this index
                 chosen.append(best.reshape(part.shape[1], part.shape[0]).T)
             self.keep[a:b] = torch.cat(chosen, dim=1)
             self.remove(a, b)

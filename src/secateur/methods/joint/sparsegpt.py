@@ -93,7 +93,7 @@ class SparseGPT(Sweeping):
             saved = (w / diagonal[a:b, None]).square_()
             parts = []
             for part, seats in zip(saved.split(list(rows), dim=1), places, strict=True):
-                flat = part.T.reshape(1, -1)  # row by row: ties are spread by this index
+                flat = part.T.reshape(1, -1)  # row by row: ties are scattered by this index
                 best = top_rows(flat, seats[a // blocks.width])
                 parts.append(best.reshape(part.shape[1], part.shape[0]).T)
             return torch.cat(parts, dim=1)
