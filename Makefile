@@ -119,7 +119,7 @@ bench-kernels:
 # LLAMA=PYTHON names a Python that has llama-cpp-python; without it these rows are left out.
 bench-decode:
 	@mkdir -p $(BENCH)/decode
-	$(BIN)/python benchmarks/decode.py --calibration "$(CALIBRATION)" --test "$(TEST)" --work $(BENCH)/decode \
+	$(BIN)/python benchmarks/decode.py --samples 32 --method sparsegpt:polish=0 --calibration "$(CALIBRATION)" --test "$(TEST)" --work $(BENCH)/decode \
 	  $(if $(LLAMA),--llama $(LLAMA)) --out $(BENCH)/decode.json
 
 clean:

@@ -51,7 +51,8 @@ matrices (magnitude, RIA, ADMM, ALPS). A dash was not run. Reproduce with `make 
 """
 OTHERS = """On the same work on another machine, and, in the last rows, written out literally here in batches of 1
 (`benchmarks/literal.py`). Our SparseGPT is 7, 17, 22 and 8 % below the authors' at 50, 60, 70 % and 2:4. Above
-others by more than 1 % is Wanda at 70 % (+5 to +12 %; the literal one here +8 %).
+others by more than 1 % are Wanda at 70 % (+5 to +12 %; the literal one here +8 %) and SparseGPT as published at 70 %
+(+2 %) and 2:4 (+5 %).
 
 A broken small model amplifies rounding: the same algorithm on two machines is 8 % apart at 70 %. Our Wanda at 70 %
 gave 1331 in batches of 1 and 2, 1287 of 4 (the row above) and 8, 1276 of 16 (`make bench-rounding`, with MKL's
