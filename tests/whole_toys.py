@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,25 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    EuroBertConfig,
+    EuroBertForMaskedLM,
     FalconConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
 )
 
+from secateur.anatomy import anatomy_of
 from secateur.cli import main
+from secateur.engine.apply import Keeps, cut, updated_config
+from secateur.engine.host.build import describe_skeleton
+from secateur.engine.outcome import outcome_of
+from secateur.engine.store import Store
+from secateur.engine.write import StepWriter, publish, work_dir
 
 VOCABULARY = 64
 COMMON: dict[str, Any] = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -48,7 +58,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertConfig(
         **{k: v for k, v in ROPE.items() if k != "num_key_value_heads"}, attn_implementation="eager"
     ),
+    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in ROPE.items() if k != "num_key_value_heads"}),
+    "eurobert": lambda: EuroBertConfig(**ROPE, mask_token_id=3),
 }
+MASKED = {"bert": BertForMaskedLM, "eurobert": EuroBertForMaskedLM}  # see both sides of a token
 
 
 def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
@@ -57,7 +70,7 @@ def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **chang
     for word, value in changes.items():
         setattr(config, word, value)
     torch.manual_seed(seed)
-    model = BertForMaskedLM(config) if family == "bert" else AutoModelForCausalLM.from_config(config)
+    model = MASKED[family](config) if family in MASKED else AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -103,6 +116,27 @@ def read_all(folder: Path) -> dict[str, bytes]:
 def weights_of(folder: Path) -> dict[str, bytes]:
     """The safetensors files of a directory."""
     return {name: data for name, data in read_all(folder).items() if name.endswith(".safetensors")}
+
+
+def written(model: Any, out: Path, keeps: Mapping[str, Keeps], store: Store | None = None) -> Path:
+    """Cut a model in memory and write it, as a step of a run does.
+
+    Args:
+        model: cut in place.
+        out: the directory.
+        keeps: what stays, by block and space.
+        store: where the model was loaded from; None: nowhere.
+    """
+    store, anatomy = store or Store.of_model(model), anatomy_of(describe_skeleton(model))
+    outcome = outcome_of(anatomy, updated_config(store.config, anatomy, keeps), store.sizes)
+    cut(model, anatomy, keeps)
+    writer = StepWriter(work_dir(out), store)
+    for index in range(store.blocks):
+        writer.write_block(index, model.get_submodule(f"{store.blocks_path}.{index}"))
+    writer.write_rest(model)
+    publish(writer.finish(outcome), out)
+    shutil.rmtree(work_dir(out))
+    return out
 
 
 def cli(*words: Any) -> int:

@@ -85,14 +85,14 @@ def _layers(keep: Tensor, info: SiteInfo) -> list[SiteRecord]:
 def step_record(step: Step, parts: Parts, outcome: Outcome, seconds: float, only_plan: bool = False) -> StepRecord:
     """A step as it was carried out (or, with ``only_plan``, decided)."""
     amount = step.keep if step.keep is not None else step.target or step.at_most_worse or step.grain
-    chain = {"grain": str(parts.grain), "budget": step.budget}
+    chain = {"grain": str(parts.grain), "budget": step.budget or ""}
     if isinstance(parts.method, Composed):
         chain = {"score": step.score or "", **chain}
     else:
         chain = {"method": step.method or "", **chain}
     chain |= {"effort": step.effort} if step.effort is not None else {}
     chain |= {"repair": step.repair} if step.repair is not None else {}
-    chain |= {"fitted on": step.fit_on} if parts.repair is not None or parts.joint else {}
+    chain |= {"fitted on": step.fit_on or ""} if parts.repair is not None or parts.joint else {}
     said = ", ".join(f"{k} {v}" for k, v in step.to_words().items())
     apply: Literal["mask", "cut", "plan"] = "plan" if only_plan else step.apply or "mask"
     name = step.score or step.method or "plan"

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, is_text
 from secateur.helptext import ABOUT, BENCH, INSPECT, MEASURE, MODEL, PACK, PLAN, PRUNE, REPORT, RUN, UNPACK
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if odd := [word for word in words if not is_text(word)]:
+        raise SecateurError("a word is not UTF-8 text", received=odd[0], works="rename the file, or set a UTF-8 locale")
     try:
         args = _parser().parse_args(words)
     except SystemExit:  # --help and --version

@@ -213,7 +213,7 @@ def within_bound(run: _Run, store: Store, step: Step, number: int) -> Found:
     notes, reached = [], float("nan")
     back = max(1, low // 16)
     for _ in range(TRIES):
-        if low == 0:
+        if low <= 0:
             break
         reached = dial.sequential(Decimal(low) / FINEST)
         if reached <= bound:

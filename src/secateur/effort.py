@@ -26,7 +26,7 @@ CHAINS: Mapping[str, tuple[Words, Words]] = MappingProxyType(
     }
 )
 PASSES: Mapping[str, int] = MappingProxyType({"fast": 4, "balanced": 12, "best": 40})
-LEFT_OPEN: Words = MappingProxyType({"budget": "uniform", "fit_on": "pruned"})  # words that are never empty
+LEFT_OPEN: Words = MappingProxyType({"budget": "uniform", "fit_on": "pruned"})  # where nothing is said
 
 
 def chain_of(effort: str, given: Mapping[str, str | None], fixed: bool) -> Words:
@@ -50,7 +50,7 @@ def chain_of(effort: str, given: Mapping[str, str | None], fixed: bool) -> Words
         )
     words = CHAINS[effort][1 if fixed else 0]
     for word, value in given.items():
-        if word != "space" and value not in (None, LEFT_OPEN.get(word), words.get(word, LEFT_OPEN.get(word))):
+        if word != "space" and value not in (None, words.get(word, LEFT_OPEN.get(word))):
             raise SecateurError(
                 "an effort chooses the method, and a word says otherwise",
                 received=f"effort {effort}, {word} {value}",

@@ -25,6 +25,14 @@ class SecateurError(Exception):
         super().__init__(text + ".")
 
 
+def is_text(value: str) -> bool:
+    """Whether a text can be written to files and given to the system: no NUL, nothing that UTF-8 cannot say."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 def unknown(kind: str, word: object, known: Iterable[str]) -> SecateurError:
     """The error for a word that is not in a table, with the nearest known word first."""
     words = sorted(known)

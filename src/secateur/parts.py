@@ -23,6 +23,12 @@ from secateur.methods.scores import SCORES
 from secateur.step import Step
 from secateur.words import Choice
 
+BROKEN = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+"""What importing a stranger's module raises."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -109,6 +115,8 @@ def parts_of(step: Step) -> Parts:
     assert choice is not None
     score = make(choice, SCORES, (Score, UnitScore), "score", {"grain": grain})
     check_legal(score, step.space)
+    if isinstance(score, UnitScore) and step.space in score.needs_in:
+        object.__setattr__(score, "needs", score.needs_in[step.space])
     return _fits(
         Parts(Composed(score, grain), score, grain, budget, _ranking(budget, score, grain), repair, fit_on), step
     )
@@ -222,7 +230,7 @@ def _imported(name: str, kind: Any, word: str, table: Mapping[str, Any]) -> Any:
         raise unknown(word, name, table)
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except BROKEN as error:
         raise SecateurError(f"{word} cannot be imported: {error}", received=name, works="my.module:MyScore") from None
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         kinds = kind if isinstance(kind, tuple) else (kind,)

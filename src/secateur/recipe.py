@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.engine.text import TextSource as TextSpec
-from secateur.errors import SecateurError, unknown
+from secateur.errors import SecateurError, is_text, unknown
 from secateur.step import SPACES, Step, read_rules
 from secateur.yamlfile import LARGEST, read_yaml, read_yaml_list, write_yaml
 
 DTYPES = ("fp32", "bf16", "fp16")
 PACKED_DTYPES = (*DTYPES, "int8")
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class Recipe:
             raise SecateurError(
                 "the model's name is empty", works="a directory, a hub id, a .gguf file or smollm2 works"
             )
-        for word, least in (("batch_size", 1), ("seed", 0), ("threads", 1)):
-            check_count(word, getattr(self, word), least, optional=word == "threads")
+        check_count("batch_size", self.batch_size, 1)
+        check_count("seed", self.seed, 0)
+        check_threads(self.threads)
         for word in ("measure", "curve", "trust_remote_code"):
             check_type(word, getattr(self, word), bool)
         for word in ("revision", "out", "plan", "title"):
@@ -265,8 +267,9 @@ class MeasureRequest:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for word, least in (("windows", 1), ("length", 2), ("batch_size", 1), ("threads", 1)):
-            check_count(word, getattr(self, word), least, optional=word == "threads")
+        for word, least in (("windows", 1), ("length", 2), ("batch_size", 1)):
+            check_count(word, getattr(self, word), least)
+        check_threads(self.threads)
         check_device(self.device, self.dtype)
 
 
@@ -276,6 +279,17 @@ def check_type(word: str, value: object, kind: type, optional: bool = False) -> 
         name = {str: "text", bool: "true or false"}.get(kind, f"a {kind.__name__.lower()}")
         works = {str: "a word or a quoted text works", bool: "true and false work"}.get(kind, f"{name} works")
         raise SecateurError(f"{word} is not {name}", received=value, works=works)
+    if isinstance(value, str) and not is_text(value):
+        raise SecateurError(f"{word} holds NUL or what is not UTF-8", received=value, works="Unicode text works")
+
+
+def check_threads(value: object) -> None:
+    """Refuse a number of threads that the libraries below us would die of; None leaves it to them."""
+    check_count("threads", value, 1, optional=True)
+    if isinstance(value, int) and value > MOST_THREADS:
+        raise SecateurError(
+            f"threads is more than {MOST_THREADS}", received=value, works="as many as the processor has cores"
+        )
 
 
 def check_count(word: str, value: object, least: int, optional: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from secateur.engine.plan import Plan
 from secateur.errors import SecateurError
 from secateur.step import SPACES, Step
@@ -16,7 +18,7 @@ def steps_of(plan: Plan | None) -> tuple[Step, ...]:
     spaces: dict[int, set[str]] = {}
     for key in plan or ():
         number, space, _ = key.split("/", 2)
-        if not number.isdigit() or space not in SPACES:
+        if not re.fullmatch("[0-9]{1,4}", number) or space not in SPACES:
             raise SecateurError(
                 "the plan has a key that no step could have written",
                 received=key,

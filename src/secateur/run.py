@@ -20,7 +20,7 @@ from secateur.account import Clock, file_hash, predictions, provenance, step_rec
 from secateur.cliff import curve_of, within_bound
 from secateur.engine.apply import ConfigChange, updated_config
 from secateur.engine.backward import GROUP
-from secateur.engine.checkpoint import load
+from secateur.engine.checkpoint import load, read_generation
 from secateur.engine.decode import self_text
 from secateur.engine.distribute import World, world
 from secateur.engine.host.origin import PACKAGED, Origin, read_tokenizer, resolve
@@ -29,7 +29,7 @@ from secateur.engine.packed import refuse_packed
 from secateur.engine.plan import Plan, keeps_of
 from secateur.engine.probes import Gradient
 from secateur.engine.store import RECORD, Store
-from secateur.engine.text import calibration, check_disjoint, documents, test_windows
+from secateur.engine.text import calibration, check_disjoint, check_ids, documents, test_windows
 from secateur.engine.text import pack as packed_text
 from secateur.engine.walk import batches_of
 from secateur.engine.write import StepWriter, check_out, publish, writing
@@ -50,7 +50,7 @@ from secateur.predict.forecast import predict
 from secateur.prepared import fits_said, prepared
 from secateur.printing import measured
 from secateur.progress import Progress, Silent
-from secateur.recipe import How, MeasureRequest, Recipe
+from secateur.recipe import How, MeasureRequest, Recipe, check_type
 from secateur.replay import steps_of
 from secateur.report.card import card
 from secateur.report.codec import build, plain
@@ -60,7 +60,7 @@ from secateur.speed import bench as bench
 from secateur.speed import run as run
 from secateur.stage import Conditions, Stage, check_space
 from secateur.step import Step
-from secateur.workdir import BlockSink, finished, opened, remove
+from secateur.workdir import BlockSink, finished, inputs_of, opened, remove, same_result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAN = "plan.safetensors"
@@ -93,6 +93,7 @@ def prune(
         SecateurError: anything wrong with recipe, model, text or output; nothing the user had is lost.
     """
     place = Path(out if out is not None else recipe.out or "out")
+    check_type("out", str(place), str)  # a path may hold any bytes
     with world() as w:
         return _Run(recipe, place, how or How(), progress or Silent(), w).go()
 
@@ -163,13 +164,16 @@ class _Run:
         _threads(recipe.threads)
 
     def go(self) -> dict[str, Any]:
-        if self.how.resume and finished(self.out, self.recipe, self.how):
-            return {"out": str(self.out), "note": "this result is finished already; nothing was done"}
+        done = self.how.resume and finished(self.out, self.recipe, self.how)
         self.origin = resolve(self.recipe.model, self.recipe.revision, self.recipe.trust_remote_code)
+        self.replay = Plan.open(self.how.plan_file) if self.how.plan_file else None
+        if done and same_result(self.out, self.recipe, self._inputs, self.how.overwrite):
+            return {"out": str(self.out), "note": "this result is finished already; nothing was done"}
         refuse_packed(self.origin, "a packed checkpoint cannot be pruned", "secateur unpack DIR -o OUT, then prune OUT")
         source = self.origin.path / self.origin.gguf_file if self.origin.gguf_file else self.origin.path
         check_out(self.out, source, self.how.overwrite)
-        self.replay = Plan.open(self.how.plan_file) if self.how.plan_file else None
+        if self.origin.kind == "directory":
+            read_generation(self.origin)  # it goes with the result, which is loaded when it is measured
         self.steps = self.recipe.steps or steps_of(self.replay)
         all_parts = [parts_of(step) for step in self.steps]
         with self.clock.phase("open"):
@@ -187,7 +191,8 @@ class _Run:
         self.forecast = predict(self, first)
         if self.how.dry_run:
             return {"dry_run": plain(self.forecast)}
-        with opened(self.out, self.recipe, self.origin, self.how.resume, self.how.overwrite, self.world) as work:
+        inputs = {**self._inputs, "tokens": self.hashes.get("calibration tokens")}
+        with opened(self.out, self.recipe, inputs, self.how, self.world) as work:
             records, ready = [], work
             store = self.store
             for number, step in enumerate(self.steps):
@@ -254,7 +259,7 @@ class _Run:
                 merged = Plan.merged([Plan.open(earlier)] if earlier and earlier.is_file() else [])
                 Plan.merged([merged, outcome.plan]).save(work / PLAN)
                 files[PLAN] = work / PLAN
-                words = {"recipe": self.recipe.to_words(), "lineage": self._lineage()}
+                words = {"recipe": self.recipe.to_words(), "inputs": self._inputs, "lineage": self._lineage()}
                 kept = [i for i in range(store.blocks) if i not in outcome.dropped]
                 writer.finish(outcome_of(outcome.anatomy, change, store.sizes, words, files), kept)
         seconds = self.clock.phases[f"step {number + 1}"] - begin
@@ -393,7 +398,9 @@ class _Run:
             needed = max(needed, (self.store.blocks + 1) * min(GROUP, text.samples) * window)
         if Gradient in backwards and self._hidden_size:
             needed = max(needed, 4 * self.store.parameters)
-        return work_dir(self.out) / "activations" if needed > psutil.virtual_memory().available // 4 else None
+        if needed <= psutil.virtual_memory().available // 4:
+            return None
+        return work_dir(self.out) / f"activations-{self.world.rank}"  # processes keep theirs apart
 
     @property
     def _hidden_size(self) -> int:
@@ -403,6 +410,11 @@ class _Run:
     @property
     def _text_wanted(self) -> bool:
         return self.replay is None or self.how.plan_text
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        """What this run reads beside its words."""
+        return inputs_of(self.recipe, self.origin, self.how)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -432,6 +444,8 @@ class _Run:
             windows = self_text(_loaded(self.store, self.device), tokenizer, text)
         else:
             windows = calibration(text, tokenizer)
+            embeddings: Any = self.store.skeleton().get_input_embeddings()  # type: ignore[operator]
+            check_ids(windows, embeddings.weight.shape[0])
         if self.recipe.measure and self.how.measure and text.source not in ("self", "builtin"):
             options = self.measure_options()
             test = test_windows(packed_text(tokenizer, documents("builtin", "test")), options.windows, options.length)

@@ -12,13 +12,14 @@ import torch
 from secateur.engine.decoders import continued
 from secateur.engine.host.origin import read_tokenizer, resolve
 from secateur.engine.running import Opening, Running, opened
+from secateur.engine.text import check_ids, check_room
 from secateur.errors import SecateurError
 from secateur.measure.bench import BenchOptions, Residence, Shape, residence
 from secateur.measure.bench import bench as timed
 from secateur.measure.generation import stops
 from secateur.measure.residence import resident
 from secateur.progress import Progress, Silent
-from secateur.recipe import check_count
+from secateur.recipe import check_count, check_threads, check_type
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class RunRequest:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise SecateurError("the prompt is empty", works='--prompt "The capital of France is"')
+        check_type("prompt", self.prompt, str)
         check_count("max_new_tokens", self.max_new_tokens, 1)
-        check_count("threads", self.threads, 1, optional=True)
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class BenchRequest:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        check_count("threads", self.threads, 1, optional=True)
+        check_threads(self.threads)
 
     def openings(self) -> list[Opening]:
         """One per model, in order."""
@@ -83,6 +85,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]
     running = opened(how)
     start = time.perf_counter()
     ids = torch.tensor([tokenizer(request.prompt)["input_ids"]], dtype=torch.long)
+    check_ids(ids, running.vocabulary)
     room = _room(running, ids.shape[1], request.max_new_tokens)
     stop = stops(running.model, tokenizer)
     new: list[int] = []
@@ -132,6 +135,7 @@ def bench(request: BenchRequest, progress: Progress | None = None) -> dict[str, 
         SecateurError: a model that cannot be used, or shapes longer than a model's longest text.
     """
     tell = progress or Silent()
+    check_room(max(request.options.batches), max(request.options.prompts))
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     openings = request.openings()

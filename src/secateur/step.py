@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal
 
-from secateur.effort import chain_of
+from secateur.effort import LEFT_OPEN, chain_of
 from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount
 from secateur.methods.fitting import FITS
@@ -56,7 +56,7 @@ class Step:
     """One act of pruning. Fields are the recipe's words, normalised; parsed forms are properties.
 
     How much stays is said once: by ``keep``, ``sparsity`` (becomes keep), ``target``, ``at_most_worse``, ``map``
-    or an n:m grain.
+    or an n:m grain. Budget uniform and fit_on pruned hold where nothing is said.
 
     Raises:
         SecateurError: on words that are unknown, of the wrong type, or contradict each other.
@@ -71,9 +71,9 @@ class Step:
     target: str | None = None
     at_most_worse: str | float | None = None
     grain: str | None = None
-    budget: str = "uniform"
+    budget: str | None = None
     repair: str | None = None
-    fit_on: str = "pruned"
+    fit_on: str | None = None
     apply: Literal["mask", "cut"] | None = None
     protect: str | None = None
     map: tuple[MapRule, ...] = ()
@@ -89,6 +89,9 @@ class Step:
         put("map", read_rules(self.map))
         if self.effort is not None:
             self._settle_effort(put)
+        for word, value in LEFT_OPEN.items():
+            if getattr(self, word) is None:
+                put(word, value)
         if self.score is not None and self.method is not None:
             raise SecateurError(
                 "score and method both say what to keep", received=f"{self.score}, {self.method}", works="give one"

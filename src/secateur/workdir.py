@@ -2,7 +2,7 @@
 
 .OUT.secateur-work/
     lock              held while a run is alive
-    run.json          the recipe and the model's headers: what must not change in between
+    run.json          the recipe and hashes of what the run reads: what must not change in between
     step-0/           block-00003.safetensors, plan-00003.safetensors, ...; a file that is there is complete
         ready/        the step's finished checkpoint
 """
@@ -12,15 +12,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from torch import nn
 
+from secateur.account import file_hash
 from secateur.engine.apply import cut_block, mask_block
 from secateur.engine.distribute import World
 from secateur.engine.headers import read_json
@@ -28,22 +31,48 @@ from secateur.engine.host.origin import Origin
 from secateur.engine.plan import Plan
 from secateur.engine.restore import restore_block
 from secateur.engine.store import RECORD
-from secateur.engine.write import StepWriter, work_dir, write_json, writing
+from secateur.engine.write import StepWriter, claimed, work_dir, write_json, writing
 from secateur.errors import SecateurError
 from secateur.recipe import How, Recipe, diff
 
+SPOTS, SPOT = 64, 1 << 16  # pieces of a file that are looked at, and bytes of each
+INPUTS = MappingProxyType(
+    {
+        "model": "the model's files",
+        "plan": "the plan",
+        "plan_text": "whether a text is named beside the plan (--text)",
+        "text": "the text",
+        "tokens": "the calibration text's tokens",
+    }
+)
+
 
 def fingerprint(origin: Origin) -> str:
-    """What identifies a model's files without reading their weights: sizes, headers, config, code that may run."""
+    """What identifies a model's files without reading all their weights: sizes, headers, config, code that may run, and
+    pieces at even distances, because headers and embeddings are alike in every fine-tune of a model."""
     digest = hashlib.sha256()
     files = [origin.path / origin.gguf_file] if origin.gguf_file else sorted(origin.path.glob("*.safetensors"))
     files += sorted(origin.path.glob("*.py")) if origin.trust_remote_code else []
     for path in [*files, origin.path / "config.json"]:
         if path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
             with open(path, "rb") as f:
-                digest.update(f.read(1 << 16))
+                for spot in range(SPOTS):
+                    f.seek(spot * max(SPOT, (size - SPOT) // (SPOTS - 1)))
+                    digest.update(f.read(SPOT))
     return digest.hexdigest()
+
+
+def inputs_of(recipe: Recipe, origin: Origin, how: How) -> dict[str, Any]:
+    """What a run reads beside its words: hashes of files, and whether a replay weighs anew."""
+    text = Path(recipe.text.source)
+    return {
+        "model": fingerprint(origin),
+        "plan": file_hash(how.plan_file) if how.plan_file else None,
+        "plan_text": how.plan_file is not None and how.plan_text,
+        "text": file_hash(text) if os.path.isfile(text) and os.access(text, os.R_OK) else None,
+    }
 
 
 @dataclass
@@ -59,6 +88,34 @@ def changed_words(old: dict[str, Any], recipe: Recipe) -> list[str]:
         return diff(Recipe.from_words(old), recipe)
     except SecateurError as error:
         return [f"the recipe on record cannot be read: {error}"]
+
+
+def changed_input(
+    old: Mapping[str, Any], inputs: Mapping[str, Any], recipe: Recipe, since: str
+) -> SecateurError | None:
+    """Why a run on record cannot be one of these inputs, or None. What is not on record says nothing."""
+    for word, value in inputs.items():
+        if old.get(word, value) != value:
+            received = {"model": recipe.model, "plan": recipe.plan}.get(word, recipe.text.source)
+            return SecateurError(
+                f"{INPUTS[word]} changed since the {since}",
+                received=received,
+                works="leave --resume out and add --overwrite to start afresh",
+            )
+    return None
+
+
+def same_result(out: Path, recipe: Recipe, inputs: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether a finished result of this recipe was made of these inputs; if not, it may be replaced.
+
+    Raises:
+        SecateurError: it was not, and may not be replaced.
+    """
+    record = read_json(out / RECORD).get("inputs")
+    problem = changed_input(record if isinstance(record, dict) else {}, inputs, recipe, "result was made")
+    if problem is not None and not overwrite:
+        raise problem
+    return problem is None
 
 
 def finished(out: Path, recipe: Recipe, how: How) -> bool:
@@ -118,19 +175,19 @@ def _idle(work: Path) -> bool:
 
 
 @contextmanager
-def opened(out: Path, recipe: Recipe, origin: Origin, resume: bool, overwrite: bool, world: World) -> Iterator[Path]:
-    """The working directory of ``out``, locked; taken up again with ``resume``, otherwise new.
+def opened(out: Path, recipe: Recipe, inputs: Mapping[str, Any], how: How, world: World) -> Iterator[Path]:
+    """The working directory of ``out``, locked; taken up again with ``how.resume``, otherwise new.
 
     It stays where it is when the run fails or is interrupted, and is removed by whoever publishes the result.
 
     Raises:
-        SecateurError: another run is alive there; an interrupted run is there and ``resume`` is not given; the
-            recipe or the model changed since.
+        SecateurError: another run is alive there; an interrupted run is there and ``how.resume`` is not given; the
+            recipe or its inputs changed since.
     """
     work, lock, problem = work_dir(out), None, None
     if world.first:
         try:
-            lock = _claimed(out, recipe, origin, resume, overwrite)
+            lock = _claimed(out, recipe, inputs, how)
         except SecateurError as error:
             problem = error
     world.agree(problem)
@@ -138,24 +195,15 @@ def opened(out: Path, recipe: Recipe, origin: Origin, resume: bool, overwrite: b
         yield work
 
 
-def _claimed(out: Path, recipe: Recipe, origin: Origin, resume: bool, overwrite: bool) -> IO[str]:
+def _claimed(out: Path, recipe: Recipe, inputs: Mapping[str, Any], how: How) -> IO[str]:
     """The working directory made ready for this run; its open lock file is held as long as the run lives."""
     work = work_dir(out)
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise SecateurError(
-            "another run is writing this output", received=str(out), works="wait for it, or give another output"
-        ) from None
-    state = {"recipe": recipe.to_words(), "model": fingerprint(origin)}
+    lock = claimed(work, out)
+    state = {"recipe": recipe.to_words(), **inputs}
     run = work / "run.json"
     try:
         if run.is_file():
-            _take_up(work, state, recipe, resume, overwrite)
+            _take_up(work, recipe, inputs, how)
         if not run.is_file():
             with writing(work):
                 for part in work.glob("step-*"):
@@ -167,13 +215,13 @@ def _claimed(out: Path, recipe: Recipe, origin: Origin, resume: bool, overwrite:
     return lock
 
 
-def _take_up(work: Path, state: dict[str, Any], recipe: Recipe, resume: bool, overwrite: bool) -> None:
+def _take_up(work: Path, recipe: Recipe, inputs: Mapping[str, Any], how: How) -> None:
     """Decide about an interrupted run's directory: go on with it (leave it), or start afresh (remove run.json)."""
     try:
         old = read_json(work / "run.json")
     except SecateurError:
         old = {}
-    if resume:
+    if how.resume:
         changes = changed_words(old.get("recipe", {}), recipe)
         if changes:
             raise SecateurError(
@@ -181,15 +229,12 @@ def _take_up(work: Path, state: dict[str, Any], recipe: Recipe, resume: bool, ov
                 received=changes[0],
                 works="repeat its words to resume, or leave --resume out and add --overwrite to start afresh",
             )
-        if old.get("model") != state["model"]:
-            raise SecateurError(
-                "the model's files changed since the interrupted run",
-                received=recipe.model,
-                works="leave --resume out and add --overwrite to start afresh",
-            )
+        problem = changed_input(old, inputs, recipe, "interrupted run")
+        if problem is not None:
+            raise problem
         return
     has_work = any(work.glob("step-*/*.safetensors"))
-    if has_work and not overwrite:
+    if has_work and not how.overwrite:
         raise SecateurError(
             "an interrupted run's work is beside this output",
             received=str(work),

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, is_text
 
 LARGEST = 256 * 1024
 DEEPEST = 12
@@ -36,6 +36,8 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("it is nested too deeply")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and not is_text(node.value):
+            raise yaml.YAMLError(f"{node.value!r} holds NUL or what is no Unicode text")
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value]
             for key, _ in node.value:
@@ -46,6 +48,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes the words that only `_Loader` takes for numbers (``0E0``)."""
+
+
 for _tag, _pattern, _first in (
     ("null", r"null|~|", ["n", "~", ""]),
     ("bool", r"true|false", ["t", "f"]),
@@ -53,7 +59,8 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]{1,3})?", list("-+.0123456789")),
     ("float", r"[-+]?\.(inf|nan)", list("-+.")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
 
 
 def read_yaml(text: str, name: str) -> dict[str, Any]:
@@ -91,7 +98,7 @@ def _read(text: str, name: str) -> Any:
 
 def write_yaml(data: dict[str, Any]) -> str:
     """YAML text that `read_yaml` reads back as the same data."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _said(data: object) -> object:

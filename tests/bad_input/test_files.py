@@ -109,6 +109,10 @@ def truncated(folder: Path) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+MUSICGEN = {
+    part: {"model_type": family}
+    for part, family in (("text_encoder", "t5"), ("audio_encoder", "encodec"), ("decoder", "musicgen_decoder"))
+}
 CASES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     ("no config", "llama", lambda p: (p / "config.json").unlink(), "no config.json"),
     ("no weights", "llama", lambda p: (p / "model.safetensors").unlink(), "no weights"),
@@ -162,6 +166,7 @@ CASES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     ("no heads", "llama", config(num_attention_heads=0), "impossible num_attention_heads"),
     ("a negative width", "llama", config(hidden_size=-32), "impossible hidden_size"),
     ("a negative number of groups", "llama", config(num_key_value_heads=-2), "impossible num_key_value_heads"),
+    ("two text parts", "llama", config(model_type="musicgen", architectures=None, **MUSICGEN), "several text parts"),
     ("heads that do not divide", "llama", config(num_attention_heads=5), "not a multiple"),
     ("another family's weights", "llama", config(model_type="gpt2"), "missing|contradicts"),
     ("untied without a head", "gpt2", config(tie_word_embeddings=False), "missing.*lm_head"),
@@ -346,6 +351,24 @@ def test_outputs_that_must_not_be_written(pristine: Path, tmp_path: Path) -> Non
     assert (tmp_path / "full" / "thesis.tex").read_text() == "years of work"
     check_out(tmp_path / "new" / "deep", source, False)
     assert not (tmp_path / "new" / "deep").exists()
+
+
+def test_outputs_that_a_directory_cannot_be_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the work, not where the result is published."""
+    for name in ("empty", "ours", "volume"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ours" / "secateur.json").write_text("{}")
+    links = [tmp_path / "link to empty", tmp_path / "link to ours"]
+    links[0].symlink_to(tmp_path / "empty")
+    links[1].symlink_to(tmp_path / "ours")
+    monkeypatch.setattr(write.os.path, "ismount", lambda path: Path(path).name == "volume")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (*links, tmp_path / "volume", Path("."), Path(".."), tmp_path / "empty" / ".."):
+        with pytest.raises(SecateurError, match="the name of a new directory"):
+            check_out(out, None, True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(
+        [*(p.name for p in links), "empty", "ours", "secateur.json", "volume"]
+    )
 
 
 def test_no_write_permission(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

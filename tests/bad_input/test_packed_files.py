@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import secateur
@@ -166,16 +168,16 @@ CASES: list[tuple[str, str, Callable[[Path], None], str]] = [
     ("a list of another kind", "half-bf16", header(lambda t: t["__metadata__"].update(matrices="[]")), "is none"),
     ("a name twice", "half-bf16", header(doubled), "appears twice"),
     ("a matrix not listed", "half-bf16", matrices(lambda r: r.pop(UP)), "part of"),
-    ("a matrix without parts", "half-bf16", matrices(lambda r: r.update(ghost=r[UP])), "has no parts"),
+    ("a matrix without parts", "half-bf16", matrices(lambda r: r.update(ghost=r[UP])), "parts of its kind"),
     ("a part not listed", "half-bf16", header(lambda t: t.update({f"{UP}.packed.more": t.pop(f"{UP}.packed.mask")})),
      "index.json says otherwise"),
     ("a word too many", "half-bf16", matrices(lambda r: r[UP].update(more=1)), "exactly turned, stacked"),
     ("two matrices", "half-bf16", matrices(lambda r: r[UP]["matrices"].append(r[UP]["matrices"][0])), "no stack"),
     ("none", "half-bf16", matrices(lambda r: r[UP].update(matrices=[])), "not described"),
     ("turned", "half-bf16", matrices(lambda r: r[UP].update(turned=True)), "contradicts config.json"),
-    ("stacked", "half-bf16", matrices(lambda r: r[UP].update(stacked=True)), "has no parts"),
+    ("stacked", "half-bf16", matrices(lambda r: r[UP].update(stacked=True)), "parts of its kind"),
     ("unknown kind", "half-bf16", matrix(kind="zip"), "zip"),
-    ("kind of another", "half-bf16", matrix(kind="csr"), "parts are missing"),
+    ("kind of another", "half-bf16", matrix(kind="csr"), "parts of its kind"),
     ("a list as dtype", "half-bf16", matrix(dtype=["bf16"]), "unknown dtype"),
     ("wide", "half-bf16", matrix(shape=[36, 2**33]), "contradicts config.json"),
     ("absurd", "half-bf16", matrix(shape=[2**30, 2**30]), "impossible shape"),
@@ -209,6 +211,49 @@ def test_refused(packed: Path, tmp_path: Path, folder: str, spoil: Callable[[Pat
     with pytest.raises(SecateurError):
         secateur.unpack(tmp_path / "p", tmp_path / "u")
     assert {p.name for p in tmp_path.iterdir()} == {"p"}
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Change the tensors of the first shard; its index follows."""
+
+    def spoil(folder: Path) -> None:
+        path = sorted(folder.glob("*.safetensors"))[0]
+        with safe_open(path, "pt") as shard:
+            said = shard.metadata()
+        held = load_file(path)
+        change(held)
+        save_file(held, path, said)
+        table = json.loads((folder / INDEX).read_text())
+        others = {name: shard for name, shard in table["weight_map"].items() if shard != path.name}
+        table["weight_map"] = others | dict.fromkeys(held, path.name)
+        (folder / INDEX).write_text(json.dumps(table))
+
+    return spoil
+
+
+VALUES = f"{UP}.packed.values"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (matrices(lambda r: r[UP]["matrices"][0].pop("kind")), "unknown kind"),
+        (matrix(kind=[]), "unknown kind (received: [])"),
+        (matrix(kind="zip"), "unknown kind (received: 'zip')"),
+        (matrix(kind="csr"), "parts of its kind"),
+        (tensors(lambda t: t.pop(VALUES)), "parts of its kind"),
+        (tensors(lambda t: t.update({f"{UP}.packed.more": t[VALUES].clone()})), "parts of its kind"),
+        (tensors(lambda t: t.update({VALUES: t[VALUES][0].clone()})), "number of axes"),
+    ],
+)
+def test_inspect_refuses_them_too(packed: Path, tmp_path: Path, spoil: Callable[[Path], None], says: str) -> None:
+    """It reads headers only, so whatever it goes by is checked there."""
+    shutil.copytree(packed / "half-bf16", tmp_path / "p")
+    secateur.inspect(tmp_path / "p")
+    spoil(tmp_path / "p")
+    with pytest.raises(SecateurError) as told:
+        secateur.inspect(tmp_path / "p")
+    assert says in str(told.value) and UP in str(told.value)
 
 
 def test_sizes_are_refused_before_anything_is_allotted(packed: Path, tmp_path: Path) -> None:

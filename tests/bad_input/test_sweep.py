@@ -44,7 +44,7 @@ class Case:
 
     Attributes:
         name: what is wrong.
-        command: the command line, split at spaces.
+        command: the command line, split at spaces; a list where a word holds what no file of tests could.
         says: words that the one line must hold: what was received, and what works.
         spoil: a change to the world, a directory with ``m`` (a Llama) and ``text.txt``.
         model: what ``m`` is a copy of.
@@ -52,7 +52,7 @@ class Case:
     """
 
     name: str
-    command: str
+    command: str | list[str]
     says: tuple[str, ...]
     spoil: Change | None = None
     model: str = "llama"
@@ -144,6 +144,7 @@ CASES = [
     Case("option without a value", "prune m -o out --space weight --score ria:a= --keep 0.5", ("ria:a=",), stage="words"),
     Case("a class that is not there", "prune m -o out --space weight --score no.such:Thing --keep 0.5", ("no.such:Thing", "my.module:MyScore"), stage="words"),
     Case("a class of another kind", "prune m -o out --space weight --score pathlib:Path --keep 0.5", ("pathlib:Path",), stage="words"),
+    Case("a class by a file's path", "prune m -o out --space weight --score ./mine.py:Mine --keep 0.5", ("./mine.py:Mine", "my.module:MyScore"), stage="words"),
     Case("owl with nonsense", f"{MAGNITUDE} --sparsity 0.5 --budget owl:m=few", ("m=few", "strength"), stage="words"),
     Case("illegal score for the space", "prune m -o out --space weight --score activation_norm --keep 0.5", ("space weight", "ffn"), stage="words"),
     Case("layers by an expert score", "prune m -o out --space layer --score router_mass --keep 1", ("layer", "expert"), stage="words"),
@@ -181,11 +182,17 @@ CASES = [
     Case("length 1", f"{FFN} --keep 0.5 --length 1", ("length", "1"), stage="words"),
     Case("length of words", f"{FFN} --keep 0.5 --length long", ("long",), stage="words"),
     Case("threads 0", f"{FFN} --keep 0.5 --threads 0", ("threads", "0"), stage="words"),
+    Case("threads beyond any machine", f"{FFN} --keep 0.5 --threads 4294967296", ("threads", "4294967296"), stage="words"),
+    Case("threads beyond any machine, measured", "measure m --threads 100000", ("threads", "100000"), stage="words"),
     Case("seed beyond 64 bits", f"{FFN} --keep 0.5 --seed {1 << 80}", ("seed",), stage="words"),
     Case("seed -1", f"{FFN} --keep 0.5 --seed=-1", ("seed", "-1"), stage="words"),
     Case("measure with no windows", "measure m --windows 0", ("windows", "0"), stage="words"),
     Case("measure one token", "measure m --length 1", ("length", "1"), stage="words"),
     Case("measure in int8", "measure m --dtype int8", ("int8", "bf16"), stage="words"),
+    Case("bench of more sequences than fit", "bench m --batch 100000000000", ("bytes", "100000000000")),
+    Case("an output that is not UTF-8", [*FFN.replace("-o out", "-o caf\udce9").split(), "--keep", "0.5"], ("caf\\udce9", "UTF-8"), stage="words"),
+    Case("a model that is not UTF-8, measured", ["measure", "m\udce9"], ("m\\udce9", "UTF-8"), stage="words"),
+    Case("a prompt that is not UTF-8", ["run", "m", "--prompt", "\udcff"], ("\\udcff", "UTF-8"), stage="words"),
     Case("resume and dry run of nothing", "report", ("OUT", "--help"), stage="words"),
     # recipes and maps
     Case("no recipe", RECIPE, ("r.yaml",), stage="words"),
@@ -203,6 +210,10 @@ CASES = [
     Case("endless nesting", RECIPE, ("nested",), put("r.yaml", "model: " + "[" * 5000), stage="words"),
     Case("a huge recipe", RECIPE, ("256 KiB",), put("r.yaml", "model: m\n" + "#" * 300_000), stage="words"),
     Case("a word twice", RECIPE, ("model", "twice"), put("r.yaml", "model: m\nmodel: n"), stage="words"),
+    Case("half a surrogate pair in a recipe", RECIPE, ("r.yaml", "\\ud800"), put("r.yaml", f'title: "\\ud800"\nmodel: m\nsteps: [{STEP}]'), stage="words"),
+    Case("half a surrogate pair as a key", RECIPE, ("r.yaml", "\\ud800"), put("r.yaml", f'expect: {{"\\ud800": 1}}\nmodel: m\nsteps: [{STEP}]'), stage="words"),
+    Case("NUL in the name of an output", "prune --recipe r.yaml", ("r.yaml", "a\\x00b"), put("r.yaml", f'out: "a\\0b"\nmodel: m\nsteps: [{STEP}]'), stage="words"),
+    Case("NUL in the name of a map", RECIPE, ("r.yaml", "a\\x00b"), put("r.yaml", 'model: m\nsteps: [{space: weight, score: magnitude, map: "a\\0b"}]'), stage="words"),
     Case("steps that are a word", RECIPE, ("prune", "[{space"), put("r.yaml", "model: m\nsteps: prune"), stage="words"),
     Case("a step that is a word", RECIPE, ("prune",), put("r.yaml", "model: m\nsteps: [prune]"), stage="words"),
     Case("a step without a space", RECIPE, ("space",), put("r.yaml", "model: m\nsteps: [{score: wanda, keep: 0.5}]"), stage="words"),
@@ -262,6 +273,9 @@ CASES = [
     Case("initial values that cannot be drawn", f"{FFN} --keep 0.5", ("MixtralForCausalLM", "config.json"), at_model(config(initializer_range=-0.5)), model="mixtral", stage="weights"),
     Case("a record of ours that is no JSON", f"{FFN} --keep 0.5", ("secateur.json", "JSON"), at_model(put("secateur.json", "{"))),
     Case("a record with nonsense sizes", f"{FFN} --keep 0.5", ("ffn", "many"), at_model(put("secateur.json", '{"sizes": {"model.layers.0": {"ffn": "many"}}}'))),
+    Case("a broken generation config", f"{FFN} --keep 0.5", ("generation_config.json",), at_model(put("generation_config.json", "{"))),
+    Case("a generation config that is a list", f"{FFN} --keep 0.5", ("generation_config.json",), at_model(put("generation_config.json", "[]"))),
+    Case("a generation config out of this world, run", "run m --prompt a", ("generation_config.json", "max_new_tokens"), at_model(put("generation_config.json", '{"max_new_tokens": 0}'))),
     Case("a record with sizes too large", f"{FFN} --keep 0.5", ("ffn", "49", "48"), at_model(put("secateur.json", '{"sizes": {"model.layers.0": {"ffn": 49}}}'))),
     Case("a record of another model", "measure m", ("model.layers.9",), at_model(put("secateur.json", '{"sizes": {"model.layers.9": {"ffn": 4}}}'))),
     # what this model cannot do
@@ -285,11 +299,13 @@ CASES = [
     Case("no tokenizer", WANDA, ("tokenizer", "magnitude"), at_model(gone("tokenizer.json", "tokenizer_config.json"))),
     Case("a broken tokenizer", WANDA, ("tokenizer",), at_model(put("tokenizer.json", "{"))),
     Case("a tokenizer of nonsense", WANDA, ("tokenizer",), at_model(bomb_in_tokenizer)),
+    Case("a tokenizer without its parts", WANDA, ("tokenizer", "vocab"), at_model(put("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE"}}'))),
     Case("a broken tokenizer, measured", "measure m", ("tokenizer",), at_model(put("tokenizer.json", "{"))),
     Case("no such text", WANDA.replace("text.txt", "nowhere.txt"), ("nowhere.txt", "builtin")),
     Case("text that is a directory", WANDA.replace("text.txt", "m"), ("m", "jsonl")),
     Case("an empty text", WANDA, ("text.txt", "empty"), put("text.txt", "")),
     Case("text too short", WANDA, ("10 tokens", "18"), put("text.txt", "a" * 10)),
+    Case("more text than fits", WANDA.replace("--samples 2", "--samples 1000000000000"), ("bytes", "1000000000000")),
     Case("text that is not UTF-8", WANDA, ("text.txt", "UTF-8"), put("text.txt", b"caf\xe9 " * 100)),
     Case("JSONL without text", WANDA.replace("text.txt", "t.jsonl"), ("line 1", '"text"'), put("t.jsonl", '{"words": "a"}\n')),
     Case("JSONL that is no JSON", WANDA.replace("text.txt", "t.jsonl"), ("line 2", "t.jsonl"), put("t.jsonl", '{"text": "a"}\n{\n')),
@@ -316,6 +332,7 @@ CASES = [
     Case("a plan of another model", PLAN, ("model.layers.7",), renamed_plan("layers.1", "layers.7")),
     Case("a plan of an unknown space", PLAN, ("neuron",), renamed_plan("ffn", "neuron"), stage="words"),
     Case("a plan that starts at step 3", PLAN, ("3: ffn",), renamed_plan("0/", "3/"), stage="words"),
+    Case("a plan of a raised step", PLAN, ("²/ffn",), renamed_plan("0/", "²/"), stage="words"),
     Case("a plan beside other steps", f"{PLAN} --space weight --score magnitude --keep 0.5", ("0/ffn/model.layers.0", "[48]"), a_plan()),
     # outputs
     Case("output is full", f"{FFN} --keep 0.5", ("out", "not empty"), full_directory("out"), stage="words"),

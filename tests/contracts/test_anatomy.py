@@ -18,10 +18,11 @@ from secateur.anatomy import anatomy_of
 from secateur.anatomy.types import Anatomy, Port, Skeleton, Space, TensorInfo
 from secateur.engine.apply import cut, cut_layers, mask, updated_config
 from secateur.engine.check import check
-from secateur.engine.checkpoint import load, save
+from secateur.engine.checkpoint import load
 from secateur.engine.host.build import changed_config, describe_skeleton, skeleton_model
 from secateur.engine.host.toy import toy_config, toy_model
 from secateur.errors import SecateurError
+from whole_toys import written
 
 DENSE = {"weight", "kv_group", "head", "ffn", "layer"}
 MIXTURE = DENSE | {"expert"}
@@ -327,8 +328,7 @@ def test_ragged_cuts_come_back_from_disk(family: str, tmp_path: Path) -> None:
             keeps[block.name][name] = rows.reshape(space.shape)
     change = updated_config(model.config, anatomy, keeps)
     assert change.per_layer and not change.uniform
-    cut(model, anatomy, keeps)
-    save(model, tmp_path / "out")
+    written(model, tmp_path / "out", keeps)
     _same(model, load(tmp_path / "out"))
 
 
@@ -341,8 +341,7 @@ def test_experts_of_odd_width_run_one_by_one(count: int, plainly: bool, tmp_path
     keeps = _uniform(anatomy, "ffn", count)
     change = updated_config(model.config, anatomy, keeps)
     assert change.uniform == plainly and ("multiple of 4" in change.reason) != plainly
-    cut(model, anatomy, keeps)
-    save(model, tmp_path / "out")
+    written(model, tmp_path / "out", keeps)
     text = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(text).logits, load(tmp_path / "out")(text).logits)

@@ -228,7 +228,7 @@ def test_masked_is_cut_is_reloaded(ground: Path, tmp_path: Path, family: str, sp
     dense = make(family)
     masked = make(family)
     anatomy = anatomy_of(describe_skeleton(masked))
-    mask(masked, anatomy, keeps_of(Plan.load(tmp_path / "cut/plan.safetensors")))
+    mask(masked, anatomy, keeps_of(Plan.open(tmp_path / "cut/plan.safetensors")))
     scale = logits(dense).abs().max()
     error = (cut - logits(masked)).abs().max()
     assert error <= 1e-5 * scale

@@ -1,8 +1,7 @@
-"""Cut checkpoints: what `save` writes, `load` gives back; plain loading agrees or refuses, never differs."""
+"""Cut checkpoints: what a run writes, `load` gives back; plain loading agrees or refuses, never differs."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from transformers.integrations.heterogeneity.configuration_utils import Ambiguou
 
 from secateur.anatomy import anatomy_of
 from secateur.engine.apply import cut, updated_config
-from secateur.engine.checkpoint import load, save
+from secateur.engine.checkpoint import load
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.host.origin import resolve
 from secateur.engine.outcome import outcome_of
 from secateur.engine.store import Store
 from secateur.engine.write import StepWriter
 from secateur.errors import SecateurError
+from whole_toys import written
 
 CASES = [
     ("llama", "ffn"),
@@ -54,17 +54,17 @@ def keeps_of(model: Any, space: str, ragged: bool, seed: int = 0) -> dict[str, A
     return keeps
 
 
-def pruned(family: str, space: str, ragged: bool) -> Any:
+def pruned(out: Path, family: str, space: str, ragged: bool) -> Any:
+    """A model cut in memory, and written."""
     model = make(family)
-    cut(model, anatomy_of(describe_skeleton(model)), keeps_of(model, space, ragged))
+    written(model, out, keeps_of(model, space, ragged))
     return model
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("family", "space"), CASES)
 def test_saved_and_loaded(tmp_path: Path, family: str, space: str, ragged: bool) -> None:
-    model = pruned(family, space, ragged)
-    save(model, tmp_path / "out")
+    model = pruned(tmp_path / "out", family, space, ragged)
     again = load(tmp_path / "out")
     assert torch.equal(logits(again), logits(model))
     sizes = json.loads((tmp_path / "out" / "secateur.json").read_text())["sizes"]
@@ -76,9 +76,6 @@ def test_saved_and_loaded(tmp_path: Path, family: str, space: str, ragged: bool)
     else:
         with pytest.raises((AmbiguousGlobalPerLayerAttributeError, RuntimeError, ValueError)):
             reference(tmp_path / "out", family)
-    save(again, tmp_path / "twice")
-    for name in ("model.safetensors", "secateur.json"):
-        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -99,23 +96,20 @@ def test_streamed_equals_in_memory(tmp_path: Path, family: str, space: str, ragg
     store.load_rest(model)
     writer.write_rest(model)
     ready = writer.finish(outcome_of(anatomy, updated_config(store.config, anatomy, keeps)))
-    whole = pruned(family, space, ragged)
+    whole = pruned(tmp_path / "whole", family, space, ragged)
     assert torch.equal(logits(load(ready)), logits(whole))
-    save(whole, tmp_path / "whole")
     theirs = tmp_path / "whole" / "model.safetensors"
     assert (ready / "model.safetensors").read_bytes() == theirs.read_bytes()
 
 
 def test_cut_twice(tmp_path: Path) -> None:
     """A ragged checkpoint is opened at its own sizes, cut along another space, and both stay written."""
-    model = pruned("llama", "ffn", True)
-    save(model, tmp_path / "one")
+    model = pruned(tmp_path / "one", "llama", "ffn", True)
     store = Store.open(resolve(tmp_path / "one"))
     shapes = {name: value.shape for name, value in store.skeleton().state_dict().items()}
     assert shapes == {name: value.shape for name, value in model.state_dict().items()}
     again = load(tmp_path / "one")
-    cut(again, anatomy_of(describe_skeleton(again)), keeps_of(again, "kv_group", True))
-    save(again, tmp_path / "two")
+    written(again, tmp_path / "two", keeps_of(again, "kv_group", True), store)
     record = json.loads((tmp_path / "two" / "secateur.json").read_text())
     assert set(record["sizes"]["model.layers.0"]) == {"ffn", "kv_group"}
     assert torch.equal(logits(load(tmp_path / "two")), logits(again))
@@ -123,8 +117,7 @@ def test_cut_twice(tmp_path: Path) -> None:
 
 def test_layers_dropped_from_a_ragged_model(tmp_path: Path) -> None:
     """Sizes follow their layers to the new numbers."""
-    model = pruned("llama", "ffn", True)
-    save(model, tmp_path / "one")
+    model = pruned(tmp_path / "one", "llama", "ffn", True)
     store = Store.open(resolve(tmp_path / "one"))
     anatomy = anatomy_of(describe_skeleton(store.skeleton()))
     keeps = {"model": {"layer": torch.tensor([False, True, True])}}
@@ -140,8 +133,8 @@ def test_layers_dropped_from_a_ragged_model(tmp_path: Path) -> None:
 
 
 def test_loading_in_another_dtype(tmp_path: Path) -> None:
-    model = pruned("llama", "ffn", True).to(torch.bfloat16)
-    save(model, tmp_path / "out")
+    model = make("llama", torch.bfloat16)
+    written(model, tmp_path / "out", keeps_of(model, "ffn", True))
     assert load(tmp_path / "out").dtype == torch.bfloat16
     assert load(tmp_path / "out", torch.float32).dtype == torch.float32
     again = load(tmp_path / "out")
@@ -171,26 +164,9 @@ def spoil(sizes: Any) -> Any:
     ],
 )
 def test_a_spoilt_record_is_refused(tmp_path: Path, says: str, change: Any) -> None:
-    save(pruned("llama", "ffn", True), tmp_path / "out")
+    pruned(tmp_path / "out", "llama", "ffn", True)
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())
     change(record)
     (tmp_path / "out" / "secateur.json").write_text(json.dumps(record))
     with pytest.raises(SecateurError, match=says):
         load(tmp_path / "out")
-
-
-def test_sizes_that_no_space_explains_are_not_saved(tmp_path: Path) -> None:
-    model = make("llama")
-    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
-    with pytest.raises(SecateurError):
-        save(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
-
-
-def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
-    model = pruned("mixtral", "expert", True)
-    before = copy.deepcopy(model.state_dict())
-    config = model.config.to_dict()
-    save(model, tmp_path / "out")
-    assert config == model.config.to_dict()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

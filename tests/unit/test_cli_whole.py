@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import secateur
 from secateur import cli
+from whole_toys import VOCABULARY, write_model, write_text
 
 Run = Callable[..., tuple[int, Any, str]]
 
@@ -165,3 +166,41 @@ def test_refusals(toy: Path, tmp_path: Path, run: Run, argv: list[str], says: st
     assert (code, out) == (2, "")
     assert says in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("measure", "m", "--text", "text.txt", "--length", 10),
+        ("prune", "m", "-o", "o", "--space", "weight", "--score", "wanda", "--sparsity", 0.5, "--text", "text.txt",
+         "--samples", 2, "--length", 10, "--no-measure"),
+        ("run", "m", "--prompt", "w60"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_with_more_ids_than_the_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    run: Run,
+    words: tuple[object, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "m", vocab_size=VOCABULARY // 2)
+    write_text(tmp_path / "text.txt")
+    capsys.readouterr()  # of saving the model
+    code, out, err = run(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{VOCABULARY // 2} embeddings" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "text.txt"]
+
+
+@pytest.mark.parametrize("content", ["def", "raise RuntimeError('at home')", "1 / 0", "class Mine(int, str): pass"])
+def test_a_module_of_ones_own_that_is_broken(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, content: str
+) -> None:
+    (tmp_path / "broken_at_home.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--space", "weight", "--score", "broken_at_home:Mine", "--keep", "0.5"]
+    code, out, err = run("prune", toy, "-o", tmp_path / "o", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "cannot be imported" in err and "broken_at_home:Mine" in err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from secateur.effort import CHAINS, PASSES
@@ -27,6 +29,18 @@ def test_written_down_and_read_back_it_is_the_same_step(effort: str) -> None:
     step = Step("weight", effort=effort, sparsity=0.6)
     assert Step(**step.to_words()) == step
     assert step.to_words()["effort"] == effort
+    assert replace(step, keep=0.5) == Step("weight", effort=effort, keep=0.5)
+    fixed = Step("weight", effort=effort, grain="2:4")
+    assert Step(**fixed.to_words()) == fixed == Step("weight", effort=effort, grain="2:4", budget="uniform")
+
+
+def test_what_an_effort_leaves_open_may_be_said() -> None:
+    """A chain without a word of its own means the one that holds where nothing is said."""
+    said = Step("weight", effort="fast", sparsity=0.6, fit_on="pruned")
+    assert said == Step("weight", effort="fast", sparsity=0.6) and said.fit_on == "pruned"
+    plain = Step("weight", score="wanda", sparsity=0.6)
+    assert (plain.budget, plain.fit_on) == ("uniform", "pruned")
+    assert plain == Step("weight", score="wanda", sparsity=0.6, budget="uniform", fit_on="pruned")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +51,7 @@ def test_written_down_and_read_back_it_is_the_same_step(effort: str) -> None:
         ({"effort": "fast", "method": "sparsegpt"}, "method sparsegpt"),
         ({"effort": "fast", "budget": "owl"}, "budget owl"),
         ({"effort": "best", "fit_on": "dense"}, "fit_on dense"),
+        ({"effort": "fast", "budget": "uniform"}, "budget uniform"),
         ({"effort": "fast", "space": "ffn"}, "space ffn"),
     ],
 )

@@ -25,6 +25,7 @@ from secateur.evopress.evolving import check, searched
 from secateur.evopress.levels import Layers, LevelFiles, Switchboard, as_mask, sites_of
 from secateur.parts import parts_of
 from secateur.predict import time as predict_time
+from secateur.predict.search import tokens_read
 from secateur.report.model import Report
 from secateur.stage import Conditions, Stage
 from secateur.step import Step
@@ -280,7 +281,7 @@ def test_the_total_is_uniforms_and_the_same_seed_finds_the_same(
     plan = ground / f"{name}-a" / "plan.safetensors"
     replayed = prune(ground, f"{name}-c", *words, "--budget", SHORT, "--plan", plan)
     assert replayed["search"] is None
-    assert not Plan.load(plan).diff(Plan.load(ground / f"{name}-c" / "plan.safetensors"))
+    assert not Plan.open(plan).diff(Plan.open(ground / f"{name}-c" / "plan.safetensors"))
 
 
 def test_layers_go_as_found(ground: Path) -> None:
@@ -315,8 +316,9 @@ def test_what_cannot_be_searched_is_refused_before_any_work(ground: Path, capsys
 def test_options_say_what_a_generation_reads() -> None:
     step = Step("weight", score="magnitude", keep=0.5, budget="evopress:offspring=16,survivors=4/1,tokens=1024/4096")
     budget: Any = parts_of(step).budget
-    assert budget.tokens_each == 16 * 1024 + 5 * 4096
-    assert replace(budget, survivors=1, tokens=100).tokens_each == 17 * 100
+    text, each = 8192, budget.generations
+    assert tokens_read(budget, text) == each * (16 * 1024 + 5 * 4096) + 2 * text
+    assert tokens_read(replace(budget, survivors=1, tokens=100), text) == each * 17 * 100 + 2 * text
 
 
 def test_the_dry_run_knows_what_a_search_reads_and_keeps(

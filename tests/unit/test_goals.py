@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
+from secateur import cliff
 from secateur.anatomy import anatomy_of
 from secateur.engine.apply import cut_layers
 from secateur.engine.host.build import describe_skeleton
@@ -129,3 +131,22 @@ def test_inspect_says_how_a_model_without_some_layers_loads(kind: str, tmp_path:
     assert rows["layer"]["loads_with"] == says[all(plain), any(plain)]
     mean = sum(parameters(layer) for layer in model.model.layers) / config.num_hidden_layers
     assert rows["layer"]["parameters_each"] == round(mean)
+
+
+def test_a_bound_that_nothing_keeps_when_it_is_pruned_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense stream says 2/128; tried are 2 and 1, and then nothing is left to try."""
+    tried = []
+
+    class Dial:
+        def perplexity(self, sparsity: Decimal) -> float:
+            return 1.0 if sparsity <= Decimal(2) / 128 else 9.0
+
+        def sequential(self, sparsity: Decimal) -> float:
+            tried.append(sparsity * 128)
+            return 9.0
+
+    monkeypatch.setattr(cliff, "dial_of", lambda *args: Dial())
+    step = Step("weight", score="magnitude", at_most_worse="5%")
+    with pytest.raises(SecateurError, match="no sparsity was found within 5%"):
+        cliff.within_bound(None, None, step, 0)  # type: ignore[arg-type]
+    assert tried == [2, 1]

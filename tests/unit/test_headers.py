@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -176,6 +177,8 @@ def test_json_is_strict(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(SecateurError):
             read_json(path)
+    path.write_text('{"time_step_limit": [0.0, Infinity]}')  # as Transformers 4 wrote it for Mamba-2 and its hybrids
+    assert read_json(path) == {"time_step_limit": [0.0, math.inf]}
 
 
 def test_the_library_also_refuses_overlap(file: Path) -> None:

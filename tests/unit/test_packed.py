@@ -20,15 +20,13 @@ import secateur
 from secateur import packing, run
 from secateur.anatomy import anatomy_of
 from secateur.engine import write
-from secateur.engine.apply import cut
-from secateur.engine.checkpoint import save
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.host.origin import resolve
-from secateur.engine.packed import pack_checkpoint
+from secateur.engine.packed import pack_checkpoint, unpack_checkpoint
 from secateur.engine.store import Store
 from secateur.errors import SecateurError
 from secateur.sparse.linear import PackedLinear
-from whole_toys import cli, read_all, said, weights_of, write_model
+from whole_toys import cli, read_all, said, weights_of, write_model, written
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -260,8 +258,7 @@ def test_checkpoints_with_a_size_per_layer(tmp_path: Path, family: str) -> None:
         keep = torch.ones(space.shape, dtype=torch.bool)
         keep[..., space.size - 7 * block.index :] = block.index == 0
         keeps[block.name] = {"ffn": keep}
-    cut(model, anatomy, keeps)
-    save(model, tmp_path / "m")
+    written(model, tmp_path / "m", keeps)
     secateur.pack(tmp_path / "m", tmp_path / "p", "fp32")
     secateur.unpack(tmp_path / "p", tmp_path / "u")
     ids = torch.arange(1, 13)[None]
@@ -319,8 +316,6 @@ def test_refusals(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "not empty" in refused("pack", toys / "llama", "-o", tmp_path / "p")
     assert "replace the input" in refused("unpack", tmp_path / "p", "-o", tmp_path / "p", "--overwrite")
     assert "no such" in refused("pack", "no where", "-o", tmp_path / "x")
-    with pytest.raises(SecateurError, match="unpack"):
-        save(secateur.load(tmp_path / "p"), tmp_path / "x")
     assert not (tmp_path / "x").exists() and read_all(tmp_path / "p") == before
     assert cli("pack", toys / "llama", "-o", tmp_path / "p", "--dtype", "fp32", "--overwrite") == 0
     assert read_all(tmp_path / "p") != before
@@ -345,6 +340,25 @@ def test_an_interrupted_pack_leaves_nothing(toys: Path, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         pack_checkpoint(resolve(toys / "llama"), tmp_path / "p", tick=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_do_not_write_one_output(toys: Path, tmp_path: Path) -> None:
+    """The second is told so, and leaves the first one's files alone."""
+    secateur.pack(toys / "llama", tmp_path / "alone", "fp32")
+
+    def packing(done: int, total: int) -> None:
+        if done == 2:
+            with pytest.raises(SecateurError, match="another run"):
+                secateur.pack(toys / "gpt2", tmp_path / "p")
+
+    def unpacking(done: int, total: int) -> None:
+        with pytest.raises(SecateurError, match="another run"):
+            secateur.unpack(tmp_path / "p", tmp_path / "u")
+
+    pack_checkpoint(resolve(toys / "llama"), tmp_path / "p", "fp32", tick=packing)
+    assert read_all(tmp_path / "p") == read_all(tmp_path / "alone")
+    unpack_checkpoint(resolve(tmp_path / "p"), tmp_path / "u", tick=unpacking)
+    assert {p.name for p in tmp_path.iterdir()} == {"alone", "p", "u"}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from secateur.anatomy import anatomy_of
 from secateur.cliff import CURVE_WINDOWS, FINEST, LENGTH, LEVELS, WINDOWS
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.probes import Gram, InputNorm, PositionSquares
-from secateur.engine.walk import WalkSettings, batches_of, walk
+from secateur.engine.walk import Activations, WalkSettings, batches_of, walk
 from secateur.measure.options import MeasureOptions
 from secateur.predict import time as predict_time
 from secateur.predict.memory import statistics
@@ -89,6 +93,53 @@ def test_seconds_of_every_phase(ground: list[Any], capsys: pytest.CaptureFixture
     assert phases["curve"] == pytest.approx(dense + points, abs=1e-3)
     measured = 2 * ns(2 * 16 * (LAYERS * (BLOCK + ATTENTION * 10) + HEAD))
     assert phases["measurement"] == pytest.approx(measured, abs=1e-3)
+
+
+SPILLED = {
+    "one stream": ["--score", "wanda"],
+    "both streams": ["--score", "wanda", "--repair", "block_reconstruction:passes=1"],
+    "the way back": ["--score", "fisher"],
+    "the way back, and gradients": ["--score", "taylor"],
+    "a fit of sub-layers, beside gradients": ["--score", "taylor", "--repair", "local_reconstruction:passes=1"],
+    "nothing": ["--score", "magnitude"],
+}
+
+
+@pytest.mark.parametrize("name", SPILLED)
+def test_disk_counts_what_is_spilled(
+    ground: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where memory is short, what lies in files meanwhile is told before: here all of them are counted."""
+    words = [*ground, "--space", "weight", "--sparsity", "0.5", "--no-measure", *SPILLED[name]]
+    place, files, rooms = tmp_path / ".out.secateur-work", [0], [0]
+    real_put, real_room = Activations.__setitem__, os.posix_fallocate
+
+    def put(self: Activations, i: int, x: Tensor) -> None:
+        real_put(self, i, x)
+        files.append(sum(p.stat().st_size for p in place.rglob("activations-*.bin")))
+
+    def room(fd: int, offset: int, count: int) -> None:
+        real_room(fd, offset, count)
+        rooms.append(count)
+
+    monkeypatch.setattr(Activations, "__setitem__", put)
+    monkeypatch.setattr(os, "posix_fallocate", room)
+    told = []
+    for free in (1 << 40, 1 << 10):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert cli(*words) == 0
+        told.append(said(capsys)["dry_run"]["disk"])
+    assert cli(*[w for w in words if w != "--dry-run"]) == 0
+    assert (max(files) + sum(rooms) > 0) == (name != "nothing")
+    assert told[1] - told[0] == max(files) + sum(rooms)
+
+
+def test_disk_counts_the_packed_copy_too(ground: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    words, told = [*ground, "--space", "weight", "--score", "magnitude", "--sparsity", "0.5", "--no-measure"], []
+    for more in ([], ["--pack", "bf16"]):
+        assert cli(*words, *more) == 0
+        told.append(said(capsys)["dry_run"])
+    assert told[1]["disk"] - told[0]["disk"] == told[1]["bytes"][1] < told[0]["bytes"][1]
 
 
 @pytest.mark.parametrize(("repair", "noted"), [("local_reconstruction", 3), ("block_reconstruction", 1)])

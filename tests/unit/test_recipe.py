@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import SecateurError
@@ -284,6 +284,7 @@ STEP = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
+@example([{**WANDA, "keep": 0.5, "include": ["1e5"]}], 0, "0E0")
 @given(
     st.lists(STEP, min_size=1, max_size=3),
     st.integers(0, 2**40),

@@ -12,7 +12,7 @@ from secateur import run
 from secateur.engine.headers import Entry
 from secateur.stage import Outcome
 from secateur.workdir import work_dir
-from whole_toys import cli, write_model
+from whole_toys import cli, write_model, write_text
 
 
 @pytest.mark.parametrize("words", [["weight", "--sparsity", 0.5], ["ffn", "--keep", 0.5], ["ffn", "--keep", "1.0"]])
@@ -58,3 +58,77 @@ def test_what_a_kill_left_of_a_directory_that_was_being_removed_goes(gone: tuple
             assert cli(*words, "--resume") == 0 and work.exists()
     assert cli(*words, "--resume") == 0 and not work.exists()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """A run that somebody stops just before its result gets its place."""
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "publish", stop)
+        assert cli(*words) == 130
+
+
+def last_bit(path: Path) -> None:
+    """Another weight, somewhere behind the first 64 KiB."""
+    raw = bytearray(path.read_bytes())
+    assert len(raw) > 1 << 16
+    raw[-4] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("changed", ["model", "plan", "text"])
+def test_files_that_changed_since_are_not_mixed_with_what_was_made_of_them(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by a run that is taken up again, nor where the result is finished."""
+    model, out = write_model(tmp_path / "model", num_hidden_layers=4), tmp_path / "out"
+    text = write_text(tmp_path / "text.txt")
+    wanda = ["--score", "wanda", "--space", "weight", "--text", text, "--samples", 2, "--length", 8, "--no-measure"]
+    for name, sparsity in (("plan", 0.5), ("other", 0.6)):
+        assert cli("plan", model, "-o", tmp_path / name, *wanda, "--sparsity", sparsity) == 0
+    plan = tmp_path / "plan/plan.safetensors"
+    replay = ["--plan", plan, "--no-measure"]
+    words = ["prune", model, "-o", out, *(replay if changed == "plan" else [*wanda, "--sparsity", 0.5])]
+    file = {"model": model / "model.safetensors", "plan": plan, "text": text}[changed]
+    before = file.read_bytes()
+
+    def change() -> None:
+        if changed == "model":
+            last_bit(file)
+        elif changed == "plan":
+            shutil.copy(tmp_path / "other/plan.safetensors", plan)
+        else:
+            write_text(text, seed=1)
+
+    stopped(monkeypatch, *words)
+    for since in ("interrupted run", "result"):
+        change()
+        capsys.readouterr()
+        assert cli(*words, "--resume") == 2
+        said = capsys.readouterr().err
+        assert changed in said and f"changed since the {since}" in said and "--overwrite" in said
+        file.write_bytes(before)
+        assert cli(*words, "--resume") == 0
+    assert not work_dir(out).exists()
+    change()
+    capsys.readouterr()
+    assert cli(*words, "--resume", "--overwrite") == 0
+    assert "finished" not in capsys.readouterr().out
+
+
+def test_a_text_that_is_named_only_when_a_replay_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first blocks would be plain masks, the others weighed anew."""
+    model, plan = write_model(tmp_path / "model"), tmp_path / "plan"
+    words = ["--space", "weight", "--method", "sparsegpt", "--sparsity", 0.5, "--samples", 2, "--length", 8]
+    assert cli("plan", model, "-o", plan, *words) == 0
+    words = ["prune", model, "-o", tmp_path / "out", *words, "--plan", plan / "plan.safetensors", "--no-measure"]
+    stopped(monkeypatch, *words)
+    capsys.readouterr()
+    assert cli(*words, "--resume", "--text", "builtin") == 2
+    assert "--text" in capsys.readouterr().err
+    assert cli(*words, "--resume") == 0

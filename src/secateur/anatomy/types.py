@@ -73,7 +73,6 @@ class Space:
             (such a cut loads with ``secateur.load`` only).
         silence: module (relative to the block) of the router whose dropped outputs a mask must silence.
         minimum: fewest units that may stay per copy (an MoE's top-k; 1 otherwise).
-        kv_bytes_units: True if removing units shrinks the KV cache.
     """
 
     name: str

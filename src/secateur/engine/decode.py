@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.text import TextSource
+from secateur.engine.text import TextSource, check_room
 from secateur.errors import SecateurError
 
 Pick = Callable[[Tensor], Tensor]
@@ -79,7 +79,7 @@ def self_text(model: nn.Module, tokenizer: Any, text: TextSource, batch_size: in
         batch_size: windows written together; results depend on it only through rounding and the order of draws.
 
     Raises:
-        SecateurError: the model is not a causal language model.
+        SecateurError: the model is not a causal language model, or more windows than fit into memory.
     """
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise SecateurError(
@@ -87,6 +87,7 @@ def self_text(model: nn.Module, tokenizer: Any, text: TextSource, batch_size: in
             received=type(model).__name__,
             works="give a text file or `builtin`",
         )
+    check_room(text.samples, text.length)
     generator = torch.Generator().manual_seed(text.seed)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     begin = getattr(tokenizer, "bos_token_id", None)

@@ -39,10 +39,9 @@ class World:
         if self.size == 1:
             return
         for probe in probes:
-            how = dist.ReduceOp.MAX if probe.reduce == "max" else dist.ReduceOp.SUM
             for name in sorted(probe.sums):
                 value = probe.sums[name].contiguous()
-                dist.all_reduce(value, op=how)
+                dist.all_reduce(value)
                 probe.sums[name] = value
 
     def add(self, sums: Iterable[Tensor]) -> None:

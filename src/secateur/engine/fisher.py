@@ -26,7 +26,7 @@ FISHER_WINDOWS = 8  # of the calibration text, evenly spaced
 
 
 def fisher(back: Backward, batches: Sequence[Tensor], world: World, seed: int = 0) -> dict[str, Probe]:
-    """`Fisher` of each matrix, by site name, from `FISHER_WINDOWS` windows of the text.
+    """`Fisher` of each matrix, by site name, from `FISHER_WINDOWS` windows of the text (all, where it has fewer).
 
     Args:
         back: the way back through the model.
@@ -38,7 +38,8 @@ def fisher(back: Backward, batches: Sequence[Tensor], world: World, seed: int = 
         SecateurError: the model gives no probabilities of tokens (a plain encoder).
     """
     every = [window for batch in batches for window in batch]
-    mine = world.mine([(at, every[at].unsqueeze(0)) for at in range(0, len(every), -(-len(every) // FISHER_WINDOWS))])
+    spread = sorted({i * len(every) // FISHER_WINDOWS for i in range(FISHER_WINDOWS)})
+    mine = world.mine([(at, every[at].unsqueeze(0)) for at in spread])
 
     def loss(number: int, logits: Tensor) -> Tensor:
         generator = seeded(seed, "fisher", str(mine[number][0]))

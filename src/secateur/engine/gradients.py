@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.engine.backward import Backward
 from secateur.engine.distribute import World
 from secateur.engine.ear import site_name
+from secateur.engine.host.build import describe_skeleton
 from secateur.engine.probes import Gradient, Probe
 from secateur.errors import SecateurError
 
@@ -34,7 +35,7 @@ def gradients(back: Backward, batches: Sequence[Tensor], world: World) -> dict[s
         SecateurError: the model has no language-model loss (a plain encoder), or the disk is full.
     """
     windows = [window.unsqueeze(0) for batch in world.mine(batches) for window in batch]
-    shift = int(getattr(back.model.config, "is_decoder", True) is not False)
+    shift = int(describe_skeleton(back.model).causal)  # the config's is_decoder does not tell: GPT-NeoX's is False
 
     def loss(number: int, logits: Tensor) -> Tensor:
         ids = windows[number][0]

@@ -151,7 +151,10 @@ def read_headers(folder: Path) -> dict[str, Entry]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one sentence about why not (duplicate keys and NaN included)."""
+    """A JSON object from a file, or one sentence about why not (duplicate keys included).
+
+    Infinity passes, JSON or not: configs of state-space models have it as a time step's upper bound.
+    """
     try:
         value = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:

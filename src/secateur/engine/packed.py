@@ -313,11 +313,14 @@ def _made(origin: Origin, out: Path, overwrite: bool) -> Iterator[Path]:
     source = origin.path / origin.gguf_file if origin.gguf_file else origin.path
     write.check_out(out, source, overwrite)
     work = out.parent / f".{out.name}.secateur-packing"
-    try:
-        with write.writing(work):
-            if work.exists():  # what a killed process left
-                shutil.rmtree(work)
-        yield work
-        write.publish(work, out, overwrite)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    ready = work / "ready"
+    with write.claimed(work, out):
+        try:
+            with write.writing(ready):
+                if ready.exists():  # what a killed process left
+                    shutil.rmtree(ready)
+            yield ready
+            write.publish(ready, out, overwrite)
+        finally:
+            shutil.rmtree(ready, ignore_errors=True)  # before the lock that keeps others away
+            shutil.rmtree(work, ignore_errors=True)

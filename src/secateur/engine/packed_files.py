@@ -27,7 +27,7 @@ from torch import Tensor
 
 from secateur.engine.headers import WIDEST, Entry, Header, read_index, strict_json
 from secateur.errors import SecateurError
-from secateur.sparse.formats import DTYPES, Packed, unpack
+from secateur.sparse.formats import DTYPES, PARTS, Packed, unpack
 from secateur.sparse.verify import from_tensors
 
 METHOD = "secateur-packed"
@@ -69,8 +69,6 @@ class PackedEntry(Entry):
             prefix = part_prefix(self.name, number if self.stacked else None)
             mine = {n: read(e) for n, e in self.parts.items() if n.rpartition(".")[0] == prefix}
             packed = from_tensors(prefix, mine, header)
-            if len(mine) != len(packed.parts):
-                raise self._wrong("it has parts that its kind does not have", ", ".join(sorted(mine)))
             if not all(bool(p.isfinite().all()) for p in packed.parts.values() if p.is_floating_point()):
                 raise self._wrong("it holds NaN or infinite weights")
             out.append(packed)
@@ -208,6 +206,8 @@ def _entry(path: Path, name: str, row: Any, rest: dict[str, Entry]) -> PackedEnt
     for header in matrices:
         if not isinstance(header, dict) or header.get("dtype") not in tuple(DTYPES):
             raise wrong("has a matrix of unknown dtype", header)
+        if header.get("kind") not in tuple(PARTS):
+            raise wrong("has a matrix of unknown kind", header.get("kind"))
         if not _is_shape(header.get("shape")):
             raise wrong("has a matrix of impossible shape", header.get("shape"))
     first = matrices[0]
@@ -222,8 +222,13 @@ def _entry(path: Path, name: str, row: Any, rest: dict[str, Entry]) -> PackedEnt
     parts = {n: rest[n] for n in rest if n.startswith(f"{name}.packed.") and n.rpartition(".")[0] in prefixes}
     for part in parts:
         del rest[part]
-    if {n.rpartition(".")[0] for n in parts} != set(prefixes):
-        raise wrong("has no parts", f"{len(parts)} of {len(prefixes)} matrices")
+    scales = ("scales",) if first["dtype"] == "int8" else ()
+    each = list(zip(matrices, prefixes, strict=True))
+    if parts.keys() != {f"{prefix}.{part}" for h, prefix in each for part in PARTS[h["kind"]] + scales}:
+        raise wrong("does not have the parts of its kind", ", ".join(parts) or "none")
+    for header, prefix in each:
+        if len(parts[f"{prefix}.values"].shape) != (2 if header["kind"] == "dense" else 1):
+            raise wrong("has values with the wrong number of axes", list(parts[f"{prefix}.values"].shape))
     stored = DTYPES[first["dtype"]]
     size = sum(e.end - e.begin for e in parts.values())
     dtype = stored if stored.is_floating_point else torch.float32

@@ -164,17 +164,12 @@ class Plan(Mapping[str, Tensor]):
         stream_tensors(path, table, lambda key: self._bits[key].packed, header)
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read a plan.
+    def open(cls, path: Path) -> Plan:
+        """Read a plan, its bits left in the file, which must stay as it is for as long as the plan is used.
 
         Raises:
             SecateurError: no such file, not a plan, or bits that do not match their shape.
         """
-        return cls({key: Bits(bits.packed, bits.shape) for key, bits in cls.open(path)._bits.items()})
-
-    @classmethod
-    def open(cls, path: Path) -> Plan:
-        """The same, its bits left in the file, which must stay as it is for as long as the plan is used."""
         if not path.is_file():
             raise SecateurError("there is no such plan file", received=str(path), works=WORKS)
         plan = cls()

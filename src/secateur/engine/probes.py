@@ -1,6 +1,6 @@
 """What accumulates into evidence: statistics gathered while calibration text passes through one block.
 
-Every statistic is a sum (or a maximum) over tokens: per-batch results are added in fp64, so that the text can
+Every statistic is a sum over tokens: per-batch results are added in fp64, so that the text can
 be split over processes and all-reduced, and two processes see what one would up to rounding.
 """
 
@@ -29,12 +29,11 @@ class Probe(ABC):
     - ``positions``: the input with its positions, x [batch, length, in] (experts: [1, tokens, in]);
     - ``block``: the hidden states before and after the block (``update(before, after)`` [tokens, hidden]);
     - ``router``: router weights [tokens, experts], zero where not routed;
-    - ``gradient``: the gradient of the whole model's loss on one batch (``update(grad, weight)``, [out, in]);
-    - ``local``: the same of what the block alone gives.
+    - ``gradient``: the gradient of the whole model's loss on one window (``update(grad, weight)``, [out, in]);
+    - ``local``: the same of what the block alone gives, on one batch.
     """
 
     kind: ClassVar[Kind]
-    reduce: ClassVar[Literal["sum", "max"]] = "sum"
     beside: ClassVar[type[Probe] | None] = None  # the paired statistic that fits use with this one
     sums: dict[str, Tensor]
 
@@ -48,8 +47,6 @@ class Probe(ABC):
         value = value.double()
         if name not in self.sums:
             self.sums[name] = value.clone()
-        elif self.reduce == "max":
-            torch.maximum(self.sums[name], value, out=self.sums[name])
         else:
             self.sums[name] += value
 
@@ -192,37 +189,6 @@ class Gram(Probe):
         return 8 * columns * columns
 
 
-class AbsMax(Probe):
-    """Largest absolute value of each input channel: ``maximum`` [in]."""
-
-    kind = "input"
-    reduce = "max"
-
-    def update(self, x: Tensor, gate: Tensor | None = None) -> None:
-        self.add("maximum", x.abs().amax(0) if len(x) else x.new_zeros(x.shape[-1]))
-
-    @property
-    def maximum(self) -> Tensor:
-        return self.sums["maximum"].float()
-
-
-class Quantiles(Probe):
-    """Histogram of |x| over all channels in logarithmic bins (16 a factor of two, 2^-32 to 2^32)."""
-
-    kind = "input"
-    per_octave: ClassVar[int] = 16
-
-    def update(self, x: Tensor, gate: Tensor | None = None) -> None:
-        bins = ((x.abs().float().clamp(2.0**-32, 2.0**32).log2() + 32) * self.per_octave).round().long()
-        self.add("histogram", torch.bincount(bins.reshape(-1), minlength=64 * self.per_octave + 1))
-
-    def quantile(self, q: float) -> float:
-        """The value that a share ``q`` of all |x| lies below, to within 1/16 of an octave (4.4 %)."""
-        total = self.sums["histogram"].cumsum(0)
-        at = int(torch.searchsorted(total, q * total[-1]))
-        return 2.0 ** (min(at, 64 * self.per_octave) / self.per_octave - 32)
-
-
 class Contribution(Probe):
     """Mean share of |x_j w_ij| in its output's sum of contributions: ``share`` [out, in] (M14)."""
 
@@ -282,7 +248,7 @@ class Cosine(Probe):
 
 
 class BlockOutput(Probe):
-    """Sum over windows of the squared norm of what a block adds to the residual stream, per token."""
+    """Norm of what a block adds to the residual stream at a token, summed over tokens; ``mean_norm`` is their mean."""
 
     kind = "block"
 
@@ -296,13 +262,12 @@ class BlockOutput(Probe):
 
 
 class RouterMass(Probe):
-    """Sum of the router's weights given to each expert, and how often it was chosen: [experts]."""
+    """Sum of the router's weights given to each expert: ``mass`` [experts]."""
 
     kind = "router"
 
     def update(self, weights: Tensor) -> None:
         self.add("mass", weights.float().sum(0))
-        self.add("chosen", (weights > 0).double().sum(0))
 
     @property
     def mass(self) -> Tensor:
@@ -310,7 +275,8 @@ class RouterMass(Probe):
 
 
 class Gradient(Probe):
-    """Sum over batches of the language-model loss's gradient: ``gradient`` [out, in]. Needs the whole model."""
+    """Gradient of the language-model loss, summed over windows: ``gradient`` [out, in]. Needs the whole model
+    (`engine.gradients`); ``update`` is for what is summed by batches, as `LocalGradient`."""
 
     kind: ClassVar[Kind] = "gradient"
 
@@ -320,7 +286,7 @@ class Gradient(Probe):
 
     @property
     def gradient(self) -> Tensor:
-        """Mean gradient over batches, fp32 [out, in]."""
+        """Mean over what was summed (windows, or batches), fp32 [out, in]."""
         return (self.sums["gradient"] / self.sums["batches"]).float()
 
     @classmethod

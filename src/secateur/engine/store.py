@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.engine.headers import Entry, read_headers, read_json, refuse_quantised
 from secateur.engine.host import convert
-from secateur.engine.host.build import describe_skeleton, skeleton_model
+from secateur.engine.host.build import describe_skeleton, skeleton_model, text_config
 from secateur.engine.host.carry import merged_config
 from secateur.engine.host.origin import Origin, built, candidates, load_gguf, plain_config, raw_config, read_config
 from secateur.engine.packed_files import PackedEntry, is_packed, read_packed
@@ -80,7 +80,7 @@ class Store:
         packed = is_packed(origin.path, raw)
         entries = read_packed(origin.path, raw) if packed else read_headers(origin.path)
         refuse_quantised(entries)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        layers = getattr(text_config(config), "num_hidden_layers", None)
         if isinstance(layers, int) and layers > len(entries):
             raise SecateurError(
                 f"config.json gives {layers} layers, but the weights are {len(entries)} tensors in all",

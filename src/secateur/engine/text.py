@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -207,12 +208,34 @@ def pack(tokenizer: Any, docs: Sequence[str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
+def check_room(count: int, length: int) -> None:
+    """Refuse more token ids than fit into free memory, before they are drawn."""
+    needed = count * length * torch.long.itemsize
+    if needed > psutil.virtual_memory().available:
+        raise SecateurError(
+            f"so much text takes {needed:,} bytes, more than this machine has free",
+            received=f"{count} x {length} tokens",
+            works="fewer or shorter windows",
+        )
+
+
+def check_ids(ids: Tensor, embeddings: int) -> None:
+    """Refuse token ids that a model has no embedding for."""
+    if (top := int(ids.max())) >= embeddings:
+        raise SecateurError(
+            "the tokenizer makes token ids the model has no embedding for",
+            received=f"id {top}, {embeddings} embeddings",
+            works="use the tokenizer the model was trained with",
+        )
+
+
 def calibration_windows(ids: Tensor, samples: int, length: int, seed: int) -> Tensor:
     """Windows at random offsets: int64 [samples, length].
 
     Raises:
-        SecateurError: fewer than ``length + 2`` tokens.
+        SecateurError: fewer than ``length + 2`` tokens, or more windows than fit into memory.
     """
+    check_room(samples, length)
     if (n := ids.numel()) < length + 2:
         raise SecateurError(
             f"the calibration text is too short for windows of {length} tokens",

@@ -8,6 +8,7 @@ give the same bytes. Nothing appears at the output's place before all of it is r
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,6 @@ class StepWriter:
     def done(self, index: int) -> bool:
         """Whether a block's file is complete."""
         return self.block_file(index).is_file()
-
-    def rest_done(self) -> bool:
-        """Whether the file of everything outside the blocks is complete."""
-        return (self.work / "rest.safetensors").is_file()
 
     def write_block(self, index: int, module: nn.Module) -> None:
         """Write one block in the dtype it came in, and leave it holding exactly the values that were written.
@@ -128,6 +125,28 @@ def work_dir(out: Path) -> Path:
     return out.parent / f".{out.name}.secateur-work"
 
 
+def claimed(work: Path, out: Path) -> IO[str]:
+    """The open lock file of a working directory, made if missing; it is this process's until it is closed.
+
+    Raises:
+        SecateurError: another run that is alive holds it.
+    """
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115 (held as long as the run lives)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not os.fstat(lock.fileno()).st_nlink  # its run removed it just now: the next one makes another
+    except OSError:
+        taken = True
+    if taken:
+        lock.close()
+        raise SecateurError(
+            "another run is writing this output", received=str(out), works="wait for it, or give another output"
+        )
+    return lock
+
+
 def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
     """Refuse an output that cannot or must not be written, before any work.
 
@@ -142,6 +161,12 @@ def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
         raise SecateurError("the output would lie inside the input", received=str(out), works="give another directory")
     if out.is_file() or (out.is_symlink() and not out.exists()):
         raise SecateurError("the output is not a directory", received=str(out), works="give another name")
+    if out.is_symlink() or os.path.ismount(out) or out.name in ("", ".."):
+        raise SecateurError(
+            "the result cannot be moved to a link, a mount point or a place without a name of its own",
+            received=str(out),
+            works="give the name of a new directory",
+        )
     if out.is_dir() and any(out.iterdir()):
         ours = (out / RECORD).is_file()
         if not overwrite:
@@ -245,7 +270,7 @@ def stream_tensors(
 
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(w), "") if w.isdigit() else (1, 0, w) for w in re.split(r"(\d+)", name)]
+    return [(0, int(w), "") if w.isdecimal() else (1, 0, w) for w in re.split(r"(\d+)", name)]
 
 
 @contextmanager

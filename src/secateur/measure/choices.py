@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.engine.text import json_lines
+from secateur.engine.text import check_ids, json_lines
 from secateur.errors import SecateurError
 from secateur.measure.passes import LOGIT_BYTES, logits_of, positions
 from secateur.measure.types import Choices
@@ -124,6 +124,7 @@ def log_likelihoods(
             tokens = spans[i][0]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
+        check_ids(ids, vocabulary)
         logits = logits_of(model, ids, mask)
         for row, i in enumerate(batch):
             out[i] = _score(logits[row], *spans[i])

@@ -8,32 +8,11 @@ Both say what perplexity hides: a model may score the text's own tokens as well 
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.errors import SecateurError
 from secateur.measure.bootstrap import interval
-from secateur.measure.passes import Losses, losses, scored
+from secateur.measure.passes import Losses, scored
 from secateur.measure.types import Divergence
-
-
-def divergence(
-    dense: nn.Module, model: nn.Module, windows: Tensor, *, stride: int | None = None, batch_size: int | None = None
-) -> Divergence:
-    """KL divergence and top-1 agreement of a model to the dense one.
-
-    Args:
-        dense, model: causal language models over the same vocabulary, in eval mode.
-        windows: int64 [windows, length].
-        stride, batch_size: see `secateur.measure.perplexity.perplexity`.
-
-    Raises:
-        SecateurError: the vocabularies differ.
-    """
-    _, result = losses([dense, model], windows, stride=stride, batch_size=batch_size)
-    found = summarise(result, windows, stride)
-    if found is None:
-        raise SecateurError("the models predict over different vocabularies", works="compare models of one vocabulary")
-    return found
 
 
 def summarise(result: Losses, windows: Tensor, stride: int | None, seed: int = 0) -> Divergence | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.decode import accepted
-from secateur.errors import SecateurError
+from secateur.engine.text import check_ids
 
 LOGIT_BYTES = 128 * 2**20
 CHUNK_BYTES = 4 * 2**20  # of fp32 logits; small enough for the cache, which halves the time
@@ -68,7 +68,8 @@ def losses(
     counts = scored(count, length, stride)
     sums = [torch.zeros(3, count, dtype=torch.float64) for _ in models]
     comparable = [False] * len(models)
-    batch_size = batch_size or max(1, LOGIT_BYTES // (length * max(_vocabulary(m, windows) for m in models) * 4))
+    widest = max(_vocabulary(m, windows) for m in models)
+    batch_size = batch_size or max(1, LOGIT_BYTES // (length * widest * 4))
     for start in range(0, count, batch_size):
         batch = windows[start : start + batch_size]
         dense: Tensor | None = None
@@ -142,11 +143,6 @@ def _window(logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
 def _vocabulary(model: nn.Module, windows: Tensor) -> int:
     """Output width of a model, after checking that the windows' ids have embeddings."""
     table = model.get_input_embeddings().weight  # type: ignore[operator]
-    if (top := int(windows.max())) >= table.shape[0]:
-        raise SecateurError(
-            "the tokenizer makes token ids the model has no embedding for",
-            received=f"id {top}, {table.shape[0]} embeddings",
-            works="use the tokenizer the model was trained with",
-        )
+    check_ids(windows, table.shape[0])
     head = model.get_output_embeddings()  # type: ignore[operator]
     return int(head.weight.shape[0]) if head is not None and head.weight.dim() == 2 else int(table.shape[0])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.anatomy.types import Component, Reduce, Role, Space
+from secateur.anatomy.types import EMPTY, Component, Reduce, Role, Space
 from secateur.engine.probes import Evidence, Probe
 
 
@@ -36,7 +36,7 @@ class MatrixSite:
 
     Attributes:
         name: full tensor name in memory, ``[e]`` appended for expert e.
-        weight: fp32 [out, in], a copy the method may read; a joint method returns a new one.
+        weight: fp32 [out, in], a view of the module's own: not to be written to; a joint method returns a new one.
         component: ``attention`` or ``ffn``.
         block, blocks: its block's index, and how many there are.
         generator: seeded from the recipe's seed and the site's name (for ``random``).
@@ -57,7 +57,7 @@ class UnitSite:
     Attributes:
         name: the block's name (``model.layers.3``).
         space: the space (for ``layer``: a space of size 1 whose ports are empty).
-        tensors: fp32 copies of the tensors the ports touch (for ``layer``: of every matrix), stored shape.
+        tensors: those the ports touch (for ``layer``: every matrix), fp32, stored shape; views, not to be written to.
         matrices: per 2-D/3-D tensor, its matrix sites (several for a stack of experts), in order.
         evidence: per matrix-site name, what probes gathered.
         block_evidence: what probes of the whole block gathered (cosine, router mass).
@@ -118,6 +118,7 @@ class UnitScore(ABC):
     """Importance of whole units, ranked directly (block influence, activation norm)."""
 
     needs: ClassVar[tuple[type[Probe], ...]] = ()
+    needs_in: ClassVar[Mapping[str, tuple[type[Probe], ...]]] = EMPTY  # by space, where not all of these
     spaces: ClassVar[tuple[str, ...]] = ()  # empty: any space
 
     @abstractmethod
@@ -156,7 +157,8 @@ class Method(ABC):
     def reweigh_many(
         self, sites: Sequence[MatrixSite], evidence: Sequence[Evidence], masks: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """`reweigh` for all matrices of a block, by the same arithmetic as `prune_many`."""
+        """`reweigh` for all matrices of a block: sweeps and swaps by the same arithmetic as `prune_many`, so that the
+        run's values come again; survivors of ADMM and ALPS are solved exactly, not as in the run."""
         return [self.reweigh(s, e, m) for s, e, m in zip(sites, evidence, masks, strict=True)]
 
 

@@ -78,7 +78,8 @@ def masked_least_squares(
         system.diagonal(dim1=1, dim2=2).fill_(1.0)
         answer = _solve(system, (right[rows].gather(1, at) * real).unsqueeze(2)).squeeze(2)
         out[rows] = out[rows].scatter_add_(1, at, answer * real)
-    return out.mul_(scale).masked_fill_(~mask | dead, 0)
+    out.mul_(scale).masked_fill_(~mask | dead, 0)
+    return out if prior is None else torch.where(mask & dead, prior.to(out.dtype), out)
 
 
 def _check(gram: Tensor, target: Tensor, mask: Tensor, damping: float) -> None:

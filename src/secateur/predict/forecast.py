@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from secateur.anatomy.types import Space
 from secateur.engine.apply import cut_block, cut_layers, get_tensor
 from secateur.engine.heap import give_back
 from secateur.engine.plan import Plan
@@ -19,7 +20,7 @@ from secateur.goals import settled
 from secateur.measure.size import size
 from secateur.packing import packed_bytes
 from secateur.parts import parts_of
-from secateur.predict.memory import ram
+from secateur.predict.memory import ram, spilled
 from secateur.predict.search import disk, searching
 from secateur.predict.time import durations
 from secateur.stage import Stage
@@ -68,25 +69,59 @@ def predict(run: _Run, first: Stage) -> Forecast:
     phases = durations(run, first, (*macs, after.macs_per_token), written)
     give_back()  # what was tried out has loaded libraries that stay, and used memory that does not
     parts = ram(run, first, run.store.skeleton(), (whole, written))
+    packed = packed_bytes(after_model, zeros, run.recipe.pack) if run.recipe.pack else 0
     return Forecast(
         (before.parameters, after.parameters),
         (before.parameters, after.parameters - zeros),
-        (whole, packed_bytes(after_model, zeros, run.recipe.pack) if run.recipe.pack else written),
+        (whole, packed or written),
         (before.kv_bytes_per_token, after.kv_bytes_per_token),
         (before.macs_per_token, after.macs_per_token),
         sum(parts.values()),
         parts,
         round(sum(phases.values()), 3),
         {name: round(seconds, 3) for name, seconds in phases.items()},
-        2 * written * len(run.steps) + disk(run, first),
+        2 * written * len(run.steps) + packed + disk(run, first) + spilled(run, first),
         tuple(notes),
     )
+
+
+@dataclass
+class Zeros:
+    """What masks have made zero, as shares: of tensors by their block and name, of units by theirs and their space's.
+    Shares of what a cut left stay as they were."""
+
+    tensors: dict[tuple[nn.Module, str], float] = field(default_factory=dict)
+    units: dict[tuple[nn.Module, str], float] = field(default_factory=dict)
+
+    def add(self, module: nn.Module, tensor: str, share: float) -> None:
+        """Weights of a tensor go: those that are zero already are among them, for they rank lowest."""
+        self.tensors[module, tensor] = max(self.tensors.get((module, tensor), 0.0), share)
+
+    def add_units(self, module: nn.Module, space: Space, share: float) -> None:
+        """Units of a space go: those that went already are among them, the others have zeros as the rest has."""
+        before = self.units.get((module, space.name), 0.0)
+        if share <= before:
+            return
+        self.units[module, space.name] = share
+        for port in space.ports:
+            if port.role != "norm":
+                shape = get_tensor(module, port.tensor).shape
+                along = shape[port.axis] * (1 if port.copy_axis is None else shape[port.copy_axis])
+                more = port.width * space.size * space.copies / along * (share - before) / (1 - before)
+                was = self.tensors.get((module, port.tensor), 0.0)
+                self.tensors[module, port.tensor] = was + more * (1 - was)
+
+    def count(self, model: nn.Module) -> int:
+        """Zeros in what is left of a model."""
+        there = set(model.modules())
+        kept = (item for item in self.tensors.items() if item[0][0] in there)
+        return round(sum(share * get_tensor(module, name).numel() for (module, name), share in kept))
 
 
 def _shrunk(run: _Run, notes: list[str], macs: list[int]) -> tuple[Any, int]:
     """The skeleton after all cuts, and the zeros that masks add; MACs per token before each step are noted. What only
     a survey or a search could tell is taken as uniform or left out, with a note."""
-    zeros, model = 0.0, run.store.skeleton()
+    zeros, model = Zeros(), run.store.skeleton()
     for number, step in enumerate(run.steps):
         macs.append(size(model, context=run.recipe.text.length).macs_per_token)
         if step.worse is not None and run.replay is None:
@@ -98,49 +133,65 @@ def _shrunk(run: _Run, notes: list[str], macs: list[int]) -> tuple[Any, int]:
         if searching(run, step) is not None:
             notes.append("which site keeps how much is searched for; together they keep what uniform would")
         if run.replay is not None:
-            zeros += _replayed(stage, run.replay.step(number))
+            _replayed(stage, run.replay.step(number), zeros)
             continue
         if step.goal is not None:
             stage = Stage(run.store, settled(stage, stage.step, look=False), number, run.conditions(), model)
         if step.space == "layer":
             keep = torch.zeros(len(stage.blocks), dtype=torch.bool)
             keep[: stage.layer_count()] = True
-            zeros += _without_layers(stage, keep)
+            _without_layers(stage, keep, zeros)
             continue
         counts = stage.counts()
+        if step.space == "weight":
+            _without_weights(stage, counts, zeros)
+            continue
         for info in stage.infos:
+            module, block = stage.blocks[info.block], stage.anatomy.blocks[info.block]
+            space = block.spaces[step.space]
             if step.apply == "cut":
-                space = stage.anatomy.blocks[info.block].spaces[step.space]
                 first = torch.zeros(space.shape, dtype=torch.bool)
                 first[..., : counts[info.name] // space.copies] = True
-                cut_block(stage.blocks[info.block], stage.anatomy.blocks[info.block], {step.space: first})
+                cut_block(module, block, {step.space: first})
             else:
-                zeros += (info.units - counts[info.name]) * info.cost
-    return model, round(zeros)
+                zeros.add_units(module, space, 1 - counts[info.name] / info.units)
+    return model, zeros.count(model)
 
 
-def _replayed(stage: Stage, plan: Plan) -> float:
-    """Cut the stage's model as a plan says; returns the zeros that it adds as a mask instead."""
-    zeros, costs = 0.0, {info.name: info.cost for info in stage.infos}
+def _replayed(stage: Stage, plan: Plan, zeros: Zeros) -> None:
+    """Cut the stage's model as a plan says, or note the zeros that it adds as a mask instead."""
     blocks = {block.name: block for block in stage.anatomy.blocks}
+    tensors = {f"{block.name}.{m.tensor}": (block, m.tensor) for block in blocks.values() for m in block.matrices}
     stage.check_replay(plan)
     for key in plan:
         _, space, site = key.split("/", 2)
         if space == "layer":
-            zeros += _without_layers(stage, plan[key])
-        elif space == "weight":
-            zeros += plan.total(key) - plan.kept(key)
+            _without_layers(stage, plan[key], zeros)
+            continue
+        block, tensor = tensors[site] if space == "weight" else (blocks[site], "")
+        module, gone = stage.blocks[block.index], 1 - plan.kept(key) / plan.total(key)
+        if space == "weight":
+            zeros.add(module, tensor, gone)
         elif stage.step.apply == "cut":
-            cut_block(stage.blocks[blocks[site].index], blocks[site], {space: plan[key]})
+            cut_block(module, block, {space: plan[key]})
         else:
-            zeros += (plan.total(key) - plan.kept(key)) * costs[site]
-    return zeros
+            zeros.add_units(module, block.spaces[space], gone)
 
 
-def _without_layers(stage: Stage, keep: Tensor) -> float:
-    """Cut layers out of the stage's model; returns the zeros that a mask of them makes instead."""
+def _without_weights(stage: Stage, counts: dict[str, int], zeros: Zeros) -> None:
+    """Note the zeros of a mask of weights, of a stack's experts together."""
+    shares: dict[tuple[int, str], list[float]] = {}
+    for info in stage.infos:
+        shares.setdefault((info.block, info.kind), []).append(1 - counts[info.name] / info.units)
+    for (block, tensor), own in shares.items():
+        zeros.add(stage.blocks[block], tensor, sum(own) / len(own))
+
+
+def _without_layers(stage: Stage, keep: Tensor, zeros: Zeros) -> None:
+    """Cut layers out of the stage's model, or note the zeros that a mask of them makes instead."""
     if stage.step.apply == "cut":
         cut_layers(stage.model, stage.anatomy, keep)
-        return 0.0
-    gone = (b for b, k in zip(stage.anatomy.blocks, keep.tolist(), strict=True) if not k)
-    return float(sum(get_tensor(stage.blocks[b.index], name).numel() for b in gone for name in b.outputs))
+        return
+    for block, stays in zip(stage.anatomy.blocks, keep.tolist(), strict=True):
+        for name in block.outputs if not stays else ():
+            zeros.add(stage.blocks[block.index], name, 1.0)

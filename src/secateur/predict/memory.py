@@ -16,7 +16,7 @@ from secateur.measure.passes import LOGIT_BYTES
 from secateur.methods.mending import read_matrices
 from secateur.methods.repairs.least_squares import LeastSquares
 from secateur.methods.sites import block_matrices
-from secateur.parts import parts_of
+from secateur.parts import Parts, parts_of
 from secateur.predict.methods import Group, deciding_bytes, mending_bytes
 from secateur.predict.search import memory
 from secateur.stage import Stage
@@ -54,9 +54,8 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
     if any(probe.kind == "gradient" for probe in asked):
         phases += _back(run, first, blocks, outside)
     if Gradient in asked:  # spilled ones are read while blocks are decided, and count as long as memory is free
-        grads = 4 * sum(m.numel for b in first.anatomy.blocks for m in b.matrices)
         for parts in phases:
-            parts["gradients"] = grads
+            parts["gradients"] = _gradients(first)
     turned = [curve_step(run.steps[0])] if run.recipe.curve and not run.how.only_plan else []
     for step in [*turned, *(step for step in run.steps if step.worse is not None)]:
         phases.append(_turned(run, first, step, sum(blocks), outside))
@@ -68,6 +67,39 @@ def ram(run: _Run, first: Stage, model: Any, stored: tuple[int, int]) -> dict[st
         phases.append(pair | {"logits of both": 2 * _logits(run)})
     largest = max(phases, key=lambda parts: sum(parts.values()))
     return steady | {name: round(size * ALLOCATOR) for name, size in largest.items()}
+
+
+def spilled(run: _Run, first: Stage) -> int:
+    """Bytes that lie beside the output instead of in memory, at the most: the text's activations, or what the way back
+    through the model keeps, and gradients beside either."""
+    if run._spill is None or not run._text_wanted:
+        return 0
+    most, choosing = 0, run.replay is None
+    for step in run.steps:
+        parts = parts_of(step)
+        needs = {*parts.needs_of(choosing, fitting=True), *(parts.survey_needs if choosing else ())}
+        back = {probe for probe in needs if probe.kind == "gradient"} if choosing else set()
+        walks = _activations(run, parts) if walked(needs) or parts.streams else 0
+        fronts = _fronts(run, len(first.anatomy.blocks)) if back else 0
+        most = max(most, max(walks, fronts) + (_gradients(first) if Gradient in back else 0))
+    return most * run.world.size
+
+
+def _activations(run: _Run, parts: Parts) -> int:
+    """Bytes of one process's part of the text's activations, in as many sets as a walk holds."""
+    text = run.recipe.text
+    return -(-text.samples // run.world.size) * text.length * _hidden(run) * 4 * parts.held
+
+
+def _fronts(run: _Run, blocks: int) -> int:
+    """Bytes of what went into so many blocks, of the windows that go there and back together."""
+    text = run.recipe.text
+    return blocks * min(GROUP, text.samples) * text.length * _hidden(run) * 4
+
+
+def _gradients(first: Stage) -> int:
+    """Bytes of a gradient for every weight of the blocks."""
+    return 4 * sum(m.numel for b in first.anatomy.blocks for m in b.matrices)
 
 
 def groups(block: Block) -> list[list[Matrix]]:
@@ -110,8 +142,7 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
     shapes = [m.shape for b in anatomy.blocks for m in b.matrices]
     if needs or first.parts.streams:
         hidden, widest = _hidden(run), max(max(shape) for shape in shapes)
-        kept = -(-text.samples // run.world.size) * text.length * hidden * 4
-        parts["activations"] = 0 if run._spill else kept * first.parts.held
+        parts["activations"] = 0 if run._spill else _activations(run, first.parts)
         tokens = (1 if first.parts.streams else run.recipe.batch_size) * text.length
         widths = WIDTHS + (BEHIND if 4 * tokens * hidden <= HEAP else 0)
         batch = 4 * tokens * (WIDEST * widest + widths * hidden)
@@ -133,9 +164,9 @@ def _walk(run: _Run, first: Stage, block: int) -> list[dict[str, int]]:
 
 def _back(run: _Run, first: Stage, blocks: list[int], outside: int) -> list[dict[str, int]]:
     """The way back through the model for gradients or the Fisher information: at the head, and at a block."""
-    length, some = run.recipe.text.length, min(GROUP, run.recipe.text.samples)
+    length = run.recipe.text.length
     widest = max(max(m.shape) for b in first.anatomy.blocks for m in b.matrices)
-    kept = 0 if run._spill else (len(blocks) + 1) * some * length * _hidden(run) * 4
+    kept = 0 if run._spill else _fronts(run, len(blocks) + 1)
     there = {"outside the blocks": outside, "what went into the blocks": kept}
     back = length * 4 * (WAY_BACK * widest + WIDTHS * _hidden(run))
     return [

@@ -193,15 +193,20 @@ def starts(counts: Tensor) -> Tensor:
 
 def _tiled(codes: Tensor, tile: tuple[int, int]) -> Tensor:
     """Which tiles hold anything: [tile rows, tile columns]."""
-    (out, width), (r, c) = codes.shape, tile
+    (out, width), (r, c) = codes.shape, _clipped(tile, codes.shape)
     grid = torch.nn.functional.pad(codes != 0, (0, up(width, c) * c - width, 0, up(out, r) * r - out))
     return grid.view(up(out, r), r, up(width, c), c).any(3).any(1)
 
 
 def _spread(kept: Tensor, tile: tuple[int, int], shape: Sequence[int]) -> Tensor:
     """Kept tiles as kept weights [out, in]."""
-    rows = kept.repeat_interleave(tile[0], 0)[: shape[0]]
-    return rows.repeat_interleave(tile[1], 1)[:, : shape[1]]
+    r, c = _clipped(tile, shape)
+    return kept.repeat_interleave(r, 0)[: shape[0]].repeat_interleave(c, 1)[:, : shape[1]]
+
+
+def _clipped(tile: tuple[int, int], shape: Sequence[int]) -> tuple[int, int]:
+    """A tile within the matrix: how far it reaches beyond says nothing, and might be a number from a header."""
+    return min(tile[0], shape[0]), min(tile[1], shape[1])
 
 
 def _compressed(kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from secateur.sparse.layout import ROWS, up
 from secateur.sparse.native import LEVELS, available, levels, library, status, why_missing
 from secateur.sparse.verify import tile_starts, verify
 
-__all__ = ["Handle", "available", "counted", "levels", "library", "product", "row_blocks", "status", "why_missing"]
+__all__ = ["Handle", "available", "levels", "library", "row_blocks", "status", "why_missing"]
 KINDS = ("bitmask", "csr", "tile", "columns", "dense")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 LIMIT = 16  # tokens up to which the packed kernel runs where nothing was calibrated
@@ -117,7 +117,16 @@ class Handle:
             x: inputs on the CPU.
             bias: fp32 [out], or None.
             threads: how many to use; torch's own number by default.
+
+        Raises:
+            SecateurError: inputs of another width, which the library would read beyond.
         """
+        if x.dim() != 2 or x.shape[1] != self.packed.shape[1] or not x.is_floating_point():
+            raise SecateurError(
+                "inputs do not fit the matrix",
+                received=f"{tuple(x.shape)} {x.dtype}",
+                works=f"give [tokens, {self.packed.shape[1]}]",
+            )
         if x.dtype not in (torch.float32, torch.bfloat16):
             return self.product(x.float(), bias, threads).to(x.dtype)
         tokens = x.shape[0]
@@ -186,32 +195,6 @@ class Handle:
             self._plain = _plain(self.packed)
         y = self._plain(x)
         return y if bias is None else y + bias.to(y.dtype)
-
-
-def product(packed: Packed, x: Tensor, threads: int | None = None, level: str | None = None) -> Tensor:
-    """x [tokens, in] times the packed matrix transposed: [tokens, out] in x's dtype. For many calls keep a Handle."""
-    return Handle(packed, level).product(_matching(packed, x), None, threads)
-
-
-def counted(packed: Packed, x: Tensor, threads: int | None = None, level: str | None = None) -> tuple[Tensor, int]:
-    """The product of a matrix of kind ``columns`` and how many multiplications it took: the non-zero ones, no other."""
-    if packed.kind != "columns":
-        raise SecateurError("only columns skip inputs", received=packed.kind, works="pack with kind 'columns'")
-    handle, x = Handle(packed, level), _matching(packed, x)
-    if levels():
-        y, count = handle.direct(x.float() if x.dtype not in (torch.float32, torch.bfloat16) else x, None, threads)
-        return y.to(x.dtype), count
-    weights = (decode(packed) != 0).sum(0)
-    return handle.product(x), int(((x != 0) * weights).sum())
-
-
-def _matching(packed: Packed, x: Tensor) -> Tensor:
-    if x.dim() != 2 or x.shape[1] != packed.shape[1] or not x.is_floating_point():
-        received = f"{tuple(x.shape)} {x.dtype}"
-        raise SecateurError(
-            "inputs do not fit the matrix", received=received, works=f"give [tokens, {packed.shape[1]}]"
-        )
-    return x
 
 
 def _aligned(part: Tensor) -> Tensor:

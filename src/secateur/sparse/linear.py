@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.sparse.calibrate import calibrated
-from secateur.sparse.formats import PARTS, Packed, encode, fused, pack, unpack
-from secateur.sparse.formats import cast as cast_weight
+from secateur.sparse.formats import PARTS, Packed, fused, pack, unpack
 from secateur.sparse.kernels import Handle, levels
 from secateur.sparse.operator import facts_of, register
 
-__all__ = ["PackedLinear", "calibrate", "dense_linear", "fused", "pack"]
+__all__ = ["PackedLinear", "calibrate", "fused", "pack"]
 
 
 class PackedLinear(nn.Module):
@@ -102,11 +101,6 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         words = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{words}, kind={self.kind}, dtype={self.dtype}"
-
-
-def dense_linear(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> PackedLinear:
-    """The same module with every weight stored: our own dense kernel, for comparisons that isolate sparsity."""
-    return PackedLinear(encode(*cast_weight(weight, dtype), "dense"), bias)
 
 
 def calibrate(modules: Iterable[nn.Module]) -> None:

@@ -88,10 +88,27 @@ def test_spilled_is_the_same_and_leaves_nothing(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_few_windows_of_a_long_text_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FISHER_WINDOWS", 3)
-    probe = next(iter(estimated(make("llama"), [tokens(4, 6)] * 2).values()))
-    assert float(probe.sums["tokens"]) == 3 * 6
+@pytest.mark.parametrize(
+    ("windows", "read"),
+    [
+        (3, [0, 1, 2]),
+        (9, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (12, [0, 1, 3, 4, 6, 7, 9, 10]),
+        (16, [0, 2, 4, 6, 8, 10, 12, 14]),
+        (33, [0, 4, 8, 12, 16, 20, 24, 28]),
+    ],
+)
+def test_few_windows_of_a_long_text_are_read(windows: int, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def noting(seed: int, purpose: str, window: str) -> torch.Generator:
+        drawn.append(int(window))
+        return seeded(seed, purpose, window)
+
+    monkeypatch.setattr(module, "seeded", noting)
+    probe = next(iter(estimated(make("llama"), list(tokens(windows, 6).split(4))).values()))
+    assert drawn == read
+    assert float(probe.sums["tokens"]) == len(read) * 6
 
 
 def test_an_encoder_without_a_head_is_refused() -> None:

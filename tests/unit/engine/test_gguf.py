@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from secateur.engine.host import carry
 from secateur.engine.host.origin import load_gguf, resolve
 from secateur.engine.store import Store
+from secateur.engine.write import writing
+from secateur.errors import SecateurError
 
 LAYERS, HIDDEN, WIDE, VOCABULARY, HEADS = 2, 32, 48, 40, 4
 PARTS = {
@@ -88,3 +94,15 @@ def test_another_file_is_another_model(written: tuple[Path, dict[str, Tensor]], 
     changed = [n for n, v in a.state_dict().items() if not torch.equal(v, b.state_dict()[n])]
     assert changed == [f"model.layers.{LAYERS - 1}.mlp.down_proj.weight"]
     assert float(b.state_dict()[changed[0]][-1, -1]) == 7.0
+
+
+def test_a_disk_that_is_full_where_the_tokenizer_is_written(
+    written: tuple[Path, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizers library says so in a class of its own that has no errno."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no disk here is always full")
+    full = SimpleNamespace(save_pretrained=lambda target: Tokenizer(BPE()).save("/dev/full"))
+    monkeypatch.setattr(carry, "read_tokenizer", lambda origin: full)
+    with pytest.raises(SecateurError, match="disk is full"), writing(tmp_path):
+        carry.carry_along(resolve(written[0]), None, tmp_path)

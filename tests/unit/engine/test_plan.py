@@ -46,7 +46,7 @@ def test_save_and_load_and_same_bytes(tmp_path) -> None:
     plan.save(tmp_path / "a.safetensors")
     Plan(dict(reversed(list(some(3).items())))).save(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    assert Plan.load(tmp_path / "a.safetensors").diff(plan) == {}
+    assert Plan.open(tmp_path / "a.safetensors").diff(plan) == {}
 
 
 def test_plans_of_other_sites_or_shapes_do_not_combine() -> None:
@@ -70,15 +70,15 @@ def test_a_plan_that_lies_is_refused(tmp_path) -> None:
     ):
         save_file(tensors, path, metadata={"secateur": json.dumps({"plan": 1, "shapes": wrong})})
         with pytest.raises(SecateurError):
-            Plan.load(path)
+            Plan.open(path)
     save_file(tensors, path)
     with pytest.raises(SecateurError, match="not a plan"):
-        Plan.load(path)
+        Plan.open(path)
     path.write_bytes(b"nonsense")
     with pytest.raises(SecateurError, match="cannot be read"):
-        Plan.load(path)
+        Plan.open(path)
     with pytest.raises(SecateurError, match="no such plan"):
-        Plan.load(tmp_path / "absent")
+        Plan.open(tmp_path / "absent")
 
 
 def test_an_open_plan_leaves_its_bits_in_the_file(tmp_path, monkeypatch) -> None:
@@ -100,9 +100,7 @@ def test_an_open_plan_leaves_its_bits_in_the_file(tmp_path, monkeypatch) -> None
     both.save(tmp_path / "q.safetensors")
     assert most == [1] and not alive
     opened.step(0).save(tmp_path / "r.safetensors")
-    assert Plan.load(tmp_path / "r.safetensors").diff(Plan(some(6)).step(0)) == {}
-    loaded = Plan.load(path)
+    assert Plan.open(tmp_path / "r.safetensors").diff(Plan(some(6)).step(0)) == {}
     path.write_bytes(path.read_bytes()[:-1])
-    assert torch.equal(loaded["1/layer/model"], some(6)["1/layer/model"])
     with pytest.raises(SecateurError, match="shorter than it was"):
         [opened[key] for key in opened]

@@ -18,7 +18,6 @@ from secateur.engine.distribute import World
 from secateur.engine.ear import site_name
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.probes import (
-    AbsMax,
     BlockOutput,
     Contribution,
     Cosine,
@@ -28,13 +27,12 @@ from secateur.engine.probes import (
     InputNorm,
     LocalGradient,
     PositionSquares,
-    Quantiles,
     RouterMass,
 )
 from secateur.engine.walk import Visit, WalkSettings, batches_of, walk
 from whole_toys import make, tokens
 
-INPUT = (InputNorm, InputMoments, Gram, AbsMax, Quantiles, Contribution, PositionSquares)
+INPUT = (InputNorm, InputMoments, Gram, Contribution, PositionSquares)
 FAMILIES = ("llama", "gpt2", "gemma2", "falcon", "bert", "mixtral")
 SPARSE = ("mixtral",)
 
@@ -121,9 +119,6 @@ def check(evidence: Evidence, xs: list[Tensor], weight: Tensor, gates: list[Tens
     variance = flat.var(0, correction=0)
     torch.testing.assert_close(evidence[InputMoments].variance.double(), variance, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(evidence[Gram].gram.double(), flat.T @ flat, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(evidence[AbsMax].maximum.double(), flat.abs().amax(0), **near)
-    middle = float(flat.abs().reshape(-1).sort().values[(flat.numel() - 1) // 2])
-    assert evidence[Quantiles].quantile(0.5) == pytest.approx(middle, rel=0.06)
     a = flat.abs().unsqueeze(1) * weight.double().abs()  # [tokens, out, in]
     share = (a / a.sum(-1, keepdim=True).clamp_min(1e-300)).mean(0)
     torch.testing.assert_close(evidence[Contribution].share.double(), share, **near)
@@ -192,7 +187,6 @@ def _check_experts(
         check(evidence[f"{name}.{tensor}[{e}]"], list(xs), weight, list(gates))
     total = torch.cat(routed)
     torch.testing.assert_close(of_block[RouterMass].mass, total.sum(0), rtol=1e-5, atol=1e-5)
-    assert torch.equal(of_block[RouterMass].sums["chosen"], (total > 0).double().sum(0))
     return len(reads)
 
 
@@ -342,13 +336,13 @@ def test_local_gradient_is_that_of_the_norm_of_the_blocks_output(family: str) ->
 def test_statistics_split_over_processes_add_up() -> None:
     """Each process's share of the batches, added by hand, is what one process sees."""
     batches = batches_of(tokens(7), 2)
-    one, _ = gather(make("llama"), batches, needs=(InputNorm, AbsMax))
+    one, _ = gather(make("llama"), batches, needs=(InputNorm,))
 
     class Alone(World):
         def add_up(self, probes: Any) -> None:
             return None
 
-    parts = [gather(make("llama"), batches, needs=(InputNorm, AbsMax), world=Alone(r, 2))[0] for r in (0, 1)]
+    parts = [gather(make("llama"), batches, needs=(InputNorm,), world=Alone(r, 2))[0] for r in (0, 1)]
     first = [k for k in one if ".layers.0." in k]  # deeper blocks too: a dense model feeds them alike
     assert first
     for key in one:
@@ -356,5 +350,3 @@ def test_statistics_split_over_processes_add_up() -> None:
         square = a[InputNorm].sums["square"] + b[InputNorm].sums["square"]
         torch.testing.assert_close(square, one[key][InputNorm].sums["square"], rtol=1e-6, atol=0)
         assert not torch.equal(a[InputNorm].sums["square"], one[key][InputNorm].sums["square"])
-        top = torch.maximum(a[AbsMax].sums["maximum"], b[AbsMax].sums["maximum"])
-        assert torch.equal(top, one[key][AbsMax].sums["maximum"])

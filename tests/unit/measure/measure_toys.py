@@ -15,7 +15,18 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from secateur.measure.divergence import summarise
+from secateur.measure.passes import losses
+from secateur.measure.types import Divergence
+
 VOCABULARY = 300
+
+
+def divergence(dense: nn.Module, model: nn.Module, windows: Tensor) -> Divergence:
+    """How far one model is from another, alone."""
+    found = summarise(losses([dense, model], windows)[1], windows, None)
+    assert found is not None
+    return found
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -121,3 +121,8 @@ def test_prompts_longer_than_the_model_lose_their_beginning(tokenizer: Any) -> N
 
     assert log_likelihoods(model, [_span(tokenizer, long.prompt, "thread", 64)]) == pytest.approx([want], rel=1e-4)
     assert choices(model, tokenizer, [long]).items == 1
+
+
+def test_ids_that_the_model_has_no_embedding_for() -> None:
+    with pytest.raises(SecateurError, match=f"id {VOCABULARY}, {VOCABULARY} embeddings"):
+        log_likelihoods(llama(), [([1, VOCABULARY], 1)])

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from measure_toys import bert, llama
+from measure_toys import bert, divergence, llama
 from torch import nn
 
 from secateur.engine.text import documents, pack, test_windows
 from secateur.errors import SecateurError
 from secateur.measure import LatencyOptions, MeasureOptions, Subject, measure
-from secateur.measure.divergence import divergence
 from secateur.measure.perplexity import perplexity
 from secateur.measure.tasks import flatten, tasks
 

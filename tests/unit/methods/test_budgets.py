@@ -127,6 +127,16 @@ def test_minimum_takes_places_from_the_others() -> None:
         run(Pooled(), infos, share("0.1"), values)
 
 
+def test_minima_that_cost_more_than_what_may_stay_are_refused() -> None:
+    infos = [
+        SiteInfo("heads", "h", "attention", 0, 1, 4, cost=100.0, minimum=1),
+        SiteInfo("neurons", "n", "ffn", 0, 1, 100, cost=1.0, minimum=1),
+    ]
+    assert run(Pooled(), infos, share("0.202"), scores(infos)) == {"heads": 1, "neurons": 1}  # 101 of 500
+    with pytest.raises(SecateurError, match=r"at least 2 units must stay.*100 parameters to keep"):
+        run(Pooled(), infos, share("0.201"), scores(infos))
+
+
 @pytest.mark.parametrize("name", ["pooled", "owl", "class_blind", "class_distribution"])
 @pytest.mark.parametrize("keep", ["0.3", "0.5", "0.77"])
 def test_groups_stay_whole_and_totals_equal_those_of_uniform(name: str, keep: str) -> None:
@@ -255,3 +265,5 @@ def test_words_are_checked() -> None:
         Protected(Uniform(), first=-1)
     with pytest.raises(SecateurError, match="cost: true or cost: false"):
         Pooled(cost="yes please")  # type: ignore[arg-type]
+    with pytest.raises(SecateurError, match=r"zscore.*cost: true.*standardise: rms"):
+        Pooled(standardise="zscore", cost=True)

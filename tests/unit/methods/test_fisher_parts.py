@@ -34,7 +34,7 @@ def test_a_gradient_of_rank_one_is_known_exactly() -> None:
 
 def test_no_gradient_is_no_loss() -> None:
     scores = FisherScore().score(site(torch.ones(2, 3)), Evidence("w", {Fisher: told(torch.zeros(2), torch.ones(3))}))
-    assert torch.equal(scores, torch.zeros(2, 3))
+    assert 0 < float(scores.max()) < 1e-20  # all but nothing: such weights still rank by their size
 
 
 def test_with_independent_inputs_the_best_choice_is_a_sort() -> None:

@@ -94,10 +94,12 @@ def test_fewer_tokens_than_inputs_and_inputs_that_never_fire() -> None:
     assert torch.isfinite(got).all()
     assert error <= least * (1 + 1e-6) + 1e-9
     assert not got[:, 3].any()
-    kept = masked_least_squares(gram, gram @ w.double().T, mask, 0.01, w.double())
-    torch.testing.assert_close(kept[:, 3], w[:, 3].double())  # with a prior it stays what it was
     nothing = torch.zeros(24, 24)
-    torch.testing.assert_close(masked_least_squares(nothing, nothing @ w.T, mask, 0.01, w), w * mask)
+    for damping in (0.0, 0.01):
+        kept = masked_least_squares(gram, gram @ w.double().T, mask, damping, w.double())
+        torch.testing.assert_close(kept[:, 3], w[:, 3].double())  # with a prior it stays what it was
+        torch.testing.assert_close(kept[:, 11], (w * mask)[:, 11].double())
+        torch.testing.assert_close(masked_least_squares(nothing, nothing @ w.T, mask, damping, w), w * mask)
 
 
 def test_nearly_singular_in_fp32_is_solved_in_fp64() -> None:

@@ -13,7 +13,9 @@ from secateur.engine.probes import (
     Contribution,
     Cosine,
     Evidence,
+    Fisher,
     Gradient,
+    Gram,
     InputNorm,
     LocalGradient,
     PositionSquares,
@@ -21,11 +23,19 @@ from secateur.engine.probes import (
     RouterMass,
 )
 from secateur.errors import SecateurError
-from secateur.methods.base import MatrixSite, UnitSite
+from secateur.methods.base import MatrixSite, Score, UnitSite
+from secateur.methods.grains import Row, Tile
 from secateur.methods.scores import SCORES
+from secateur.methods.scores.contribution import Contribution as ContributionScore
+from secateur.methods.scores.fisher import FisherScore
 from secateur.methods.scores.magnitude import Magnitude
+from secateur.methods.scores.output_error import OutputError
 from secateur.methods.scores.ria import Ria
 from secateur.methods.scores.taylor import Taylor, TaylorVector
+from secateur.methods.scores.taylor_block import TaylorBlock
+from secateur.methods.scores.wanda import Wanda
+from secateur.parts import parts_of
+from secateur.step import Step
 
 FFN = Space("ffn", 4, (Port("gate", 0, "write"), Port("up", 0, "write"), Port("down", 1, "read")))
 
@@ -101,8 +111,48 @@ def test_inputs_that_never_fire_come_last(name: str) -> None:
     x[:, 1] = 0
     got = SCORES[name]().score(site(w), heard(InputNorm(), x, None))
     assert float(got[:, 1].max()) < 1e-6 * float(got[:, [0, 2, 3]].min())
-    unheard = SCORES["wanda"]().score(site(w), heard(InputNorm(), torch.zeros(0, 4), None))
-    assert torch.equal(unheard.argsort(1), w.abs().argsort(1))
+
+
+def silence(weight: Tensor) -> Evidence:
+    """What is known of an expert that no token reached: sums of nothing."""
+    none, still = torch.zeros(0, weight.shape[1]), torch.zeros_like(weight)
+    evidence = dict(heard(InputNorm(), none, None)) | dict(heard(Gram(), none, None))
+    evidence |= dict(heard(Contribution(), none, None, weight))
+    for kind in (Gradient, LocalGradient, Fisher):
+        evidence |= dict(heard(kind(), still, weight))
+    return Evidence("w", evidence)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        Wanda(),
+        OutputError(),
+        OutputError(grain=Tile(2, 2)),
+        ContributionScore(),
+        Taylor(),
+        Taylor(local=True),
+        TaylorBlock(),
+        TaylorBlock(damping=0),
+        TaylorBlock(grain=Tile(2, 2)),
+        FisherScore(),
+    ],
+    ids=str,
+)
+def test_a_matrix_that_nothing_reached_keeps_its_largest_weights(score: Score) -> None:
+    w, grain = 1e-4 * torch.randn(6, 8), getattr(score, "grain", Row())
+    got = score.score(site(w), silence(w))
+    assert float(got.max()) < 1e-20  # and comes last among those that something reached
+    half = grain.units((6, 8)) // 2
+    assert torch.equal(grain.select(got, half), grain.select(w.square(), half))
+
+
+def test_units_that_nothing_reached_rank_by_the_size_of_their_weights() -> None:
+    tensors = {n: 1e-4 * w for n, w in ffn_tensors().items()}
+    got = TaylorVector().units(ffn_site(tensors, {n: silence(w) for n, w in tensors.items()}))
+    sizes = Magnitude().units(ffn_site(tensors, {}))
+    assert float(sizes.min()) > 0
+    torch.testing.assert_close(got / got.sum(), sizes / sizes.sum())
 
 
 def test_ria_with_exponent_0_ignores_activations() -> None:
@@ -189,6 +239,12 @@ def test_activation_norm_of_heads_position_by_position() -> None:
     for head in range(2):
         norms = [float(x[:, t, 3 * head : 3 * head + 3].norm()) for t in range(4)]
         assert float(got[head]) == pytest.approx(sum(norms) / 4, rel=1e-5)
+
+
+def test_activation_norm_gathers_what_its_space_reads() -> None:
+    for space, needs in (("ffn", PositionSquares), ("head", PositionSquares), ("layer", BlockOutput)):
+        parts = parts_of(Step(space, score="activation_norm", keep=0.5, budget="pooled"))
+        assert parts.needs == parts.survey_needs == parts.ranking.needs == (needs,)
 
 
 def test_activation_norm_needs_somebody_who_reads() -> None:

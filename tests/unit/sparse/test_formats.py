@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.sparse import from_tensors, fused, header, pack, to_tensors, unpack, verify
 from secateur.sparse.formats import DTYPES, PARTS
+from secateur.sparse.kernels import Handle, library
 from secateur.sparse.layout import popcount, to_bits
 
 KINDS = tuple(PARTS)
@@ -102,6 +104,19 @@ def test_fused_is_one_above_the_other(rows: tuple[int, ...], kind: str, dtype: s
     assert whole.kind == kind and torch.equal(unpack(whole), torch.cat([unpack(p) for p in packs]))
 
 
+@pytest.mark.parametrize("tile", [(512, 2**31 - 1), (2**20, 2**20)])
+def test_a_tile_beyond_the_matrix_takes_no_more_than_the_matrix(tile: tuple[int, int]) -> None:
+    """As many bytes as such a tile has are more than a machine gives; the format allows it."""
+    w, x = sparse((576, 576), 0.1, 1), torch.ones(2, 576)
+    w[512:] = 0
+    packed = pack(w, torch.float32, "tile", tile)
+    verify(packed)
+    assert packed.nonzeros == int(w.count_nonzero())
+    assert torch.equal(unpack(packed), w + 0.0)
+    for tokens in (Handle(packed).direct(x)[0], Handle(packed).by_panels(x)) if library() else ():
+        torch.testing.assert_close(tokens, x @ w.T, rtol=1e-4, atol=1e-4)
+
+
 def test_fusing_different_inputs_is_refused() -> None:
     with pytest.raises(SecateurError, match="same inputs"):
         fused([pack(torch.ones(4, 4), torch.float32), pack(torch.ones(4, 5), torch.float32)])
@@ -149,6 +164,18 @@ def test_a_part_that_lies_is_one_error(kind: str, part: str, lie: object, words:
     lie(packed.parts[part])  # type: ignore[operator]
     with pytest.raises(SecateurError, match=words):
         verify(packed, "x")
+
+
+def test_row_pointers_that_wrap_around_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 64 bits all of their differences are counts; whoever repeats something as often writes out of bounds."""
+    w = torch.zeros(4, 50)
+    w[3, ::2] = 1
+    packed = pack(w, torch.float32, "csr")
+    packed.parts["crow"][1:4] = torch.tensor([2**62, 2**63 - 1, -(2**62)])
+    assert bool((packed.parts["crow"].diff() >= 0).all())
+    monkeypatch.setattr(import_module("secateur.sparse.verify"), "tile_starts", lambda _: pytest.fail("believed"))
+    with pytest.raises(SecateurError, match="rising"):
+        verify(packed)
 
 
 @pytest.mark.parametrize(

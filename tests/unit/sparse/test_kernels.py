@@ -15,7 +15,8 @@ from torch import Tensor
 from secateur.errors import SecateurError
 from secateur.sparse import pack, unpack
 from secateur.sparse.formats import DTYPES, PARTS
-from secateur.sparse.kernels import Handle, available, counted, levels, product, status, why_missing
+from secateur.sparse.kernels import Handle, available, levels, status, why_missing
+from secateur.sparse.linear import PackedLinear
 
 KINDS = tuple(PARTS)
 DENSITIES = [0.0, 0.02, 0.3, 0.5, 0.9, 1.0]
@@ -81,9 +82,10 @@ def test_products_are_the_dense_product(
 def test_whatever_is_built_the_product_is_right(kind: str, dtype: str, tokens: int, seed: int) -> None:
     packed = pack(sparse((33, 50), 0.3, seed), DTYPES[dtype], kind, (4, 8) if kind == "tile" else None)  # type: ignore[arg-type]
     x = torch.randn(tokens, 50)
-    assert worst(product(packed, x), x, unpack(packed), dtype == "int8") <= allowed(dtype, x)
+    assert worst(Handle(packed).product(x), x, unpack(packed), dtype == "int8") <= allowed(dtype, x)
 
 
+@built
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_zero_inputs_are_skipped_and_counted(dtype: str) -> None:
     """EIE's promise (arXiv 1602.01528): as many products as there are pairs of non-zero weight and input."""
@@ -91,16 +93,11 @@ def test_zero_inputs_are_skipped_and_counted(dtype: str) -> None:
     packed = pack(w, DTYPES[dtype], "columns")
     for share in (0.0, 0.1, 0.5, 1.0):
         x = torch.randn(3, 70) * (torch.rand(3, 70) < share)
-        for level in levels() or (None,):
-            y, macs = counted(packed, x, 2, level)
+        for level in levels():
+            y, macs = Handle(packed, level).direct(x, None, 2)
             codes = unpack(packed) != 0
             assert macs == sum(int((codes & (row != 0)).sum()) for row in x)
             assert worst(y, x, unpack(packed)) <= allowed("fp32", x)
-
-
-def test_only_columns_count() -> None:
-    with pytest.raises(SecateurError, match="columns"):
-        counted(pack(torch.ones(4, 4), torch.float32, "bitmask"), torch.ones(1, 4))
 
 
 @built
@@ -119,22 +116,21 @@ def test_a_stray_inf_stays_where_it_belongs() -> None:
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
     packed = pack(torch.ones(4, 6), torch.float32)
-    with pytest.raises(SecateurError, match=r"give \[tokens, 6\]"):
-        product(packed, torch.ones(2, 5))
+    for call in (Handle(packed).product, PackedLinear(packed)):
+        with pytest.raises(SecateurError, match=r"give \[tokens, 6\]"):
+            call(torch.ones(2, 5))
     with pytest.raises(SecateurError, match="kernel level"):
-        product(packed, torch.ones(2, 6), level="avx1024")
+        Handle(packed, "avx1024")
 
 
 def test_without_the_library_everything_goes_through_torch() -> None:
     code = (
         "import torch; from secateur.sparse import pack, unpack; from secateur.sparse.kernels import *;"
-        "from secateur.sparse.kernels import counted;"
         "assert available() is None and levels() == () and 'SECATEUR_NO_KERNELS' in status(), status();"
         "w = torch.randn(20, 30) * (torch.rand(20, 30) < 0.1); x = torch.randn(5, 30);"
         "p = [pack(w, torch.float32, k) for k in ('bitmask', 'csr', 'columns', 'dense')];"
         "p += [pack(w, torch.bfloat16, 'csr'), pack(w, torch.int8, 'csr'), pack(w, torch.float32, tile=(4, 4))];"
-        "[torch.testing.assert_close(product(q, x), x @ unpack(q).float().t(), atol=2e-2, rtol=1e-2) for q in p];"
-        "assert counted(p[2], x)[1] == int(((x != 0) * (w != 0).sum(0)).sum())"
+        "[torch.testing.assert_close(Handle(q).product(x), x @ unpack(q).float().t(), atol=2e-2, rtol=1e-2) for q in p]"
     )
     environment = os.environ | {"SECATEUR_NO_KERNELS": "1"}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)

@@ -13,7 +13,7 @@ from secateur.sparse import pack, unpack
 from secateur.sparse.calibrate import TOKENS
 from secateur.sparse.formats import DTYPES, PARTS
 from secateur.sparse.kernels import Handle, available
-from secateur.sparse.linear import PackedLinear, calibrate, dense_linear, fused
+from secateur.sparse.linear import PackedLinear, calibrate, fused
 
 KINDS = tuple(PARTS)
 
@@ -119,8 +119,7 @@ def test_inductor_compiles_it() -> None:
 
 def test_the_dense_twin_runs_the_same_module() -> None:
     w = torch.randn(20, 30)
-    module = dense_linear(w, torch.float32)
-    assert isinstance(module, PackedLinear) and module.kind == "dense"
+    module = PackedLinear(pack(w, torch.float32, "dense"))
     x = torch.randn(4, 30)
     torch.testing.assert_close(module(x), x @ w.t(), rtol=1e-5, atol=1e-5)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -24,7 +26,13 @@ def carry_along(origin: Origin | None, config: Any, target: Path) -> None:
     if origin.kind == "gguf":
         tokenizer = read_tokenizer(origin)
         if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+            try:
+                tokenizer.save_pretrained(target)
+            except BaseException as error:  # tokenizers raises the bare class, with the system's number in its words
+                number = re.search(r"\(os error ([0-9]+)\)", str(error))
+                if type(error) is not Exception or number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         return
     for path in sorted(origin.path.iterdir()):
         code = origin.trust_remote_code and path.suffix == ".py"

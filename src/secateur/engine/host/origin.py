@@ -237,7 +237,9 @@ def read_tokenizer(origin: Origin) -> PreTrainedTokenizerBase | None:
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(origin.path, trust_remote_code=origin.trust_remote_code, **options)
-        except UNBUILDABLE as error:
+        except BaseException as error:
+            if not isinstance(error, UNBUILDABLE) and type(error) is not Exception:  # tokenizers raises the bare class
+                raise
             raise SecateurError(
                 "the tokenizer cannot be read", received=_first_line(error), works="fetch the tokenizer files again"
             ) from error

@@ -7,7 +7,6 @@ name code: without `with_own_code` an ``auto_map`` is a string that nobody reads
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -21,7 +20,6 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from secateur.errors import SecateurError
 
 ORDER = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
-COPIES = "transformers_modules."  # the package that Transformers imports code from
 NAMES = tuple(auto.__name__ for auto in ORDER)
 BROKEN = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
@@ -79,13 +77,6 @@ def with_own_code(config: PreTrainedConfig, auto_map: Mapping[str, Any], place: 
 def own_classes(config: PreTrainedConfig) -> Mapping[str, Any]:
     """The model classes a config brings, by the Auto class that builds them; empty for Transformers' own."""
     return getattr(type(config), "own_classes", {})
-
-
-def code_files(model: Any) -> list[Path]:
-    """The modules that a model in memory came with, where Transformers keeps its copies of them."""
-    kinds = [k for k in (*type(model).__mro__, *type(model.config).__mro__) if k.__module__.startswith(COPIES)]
-    places = {Path(inspect.getfile(kind)).parent for kind in kinds}
-    return sorted(path for place in places for path in place.glob("*.py") if path.name != "__init__.py")
 
 
 def own_names(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -88,13 +88,6 @@ class EvoPress(Budget):
         """Tokens that every stage reads."""
         return _numbers(self.tokens)
 
-    @property
-    def tokens_each(self) -> int:
-        """Tokens that one generation's candidates read together."""
-        entered = [self.offspring, *self.kept[:-1]]
-        entered[-1] += 1  # the parent
-        return sum(n * t for n, t in zip(entered, self.read, strict=True))
-
     def allot(self, sites: Sequence[SiteInfo], keep: Amount, seen: Mapping[str, Any]) -> dict[str, int]:
         """Where the search begins: uniform."""
         return {site.name: uniform_count(site, keep) for site in sites}

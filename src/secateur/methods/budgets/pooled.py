@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Amount, Budget, SiteInfo
 from secateur.methods.budgets.ranks import Ranks, merged
-from secateur.methods.budgets.settle import settle, total_count, uniform_count
+from secateur.methods.budgets.settle import affordable, settle, total_count
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Pooled(Budget):
             raise unknown("standardisation", self.standardise, ("none", "zscore", "rms"))
         if not isinstance(self.cost, bool):
             raise SecateurError("cost is a yes or no", received=self.cost, works="cost: true or cost: false")
+        if self.cost and self.standardise == "zscore":  # of two units below the mean it would prefer the dearer one
+            raise SecateurError(
+                "z-scores are negative below the mean, so they cannot be divided by what units cost",
+                received="standardise: zscore with cost: true",
+                works="standardise: rms with cost: true, or cost: false",
+            )
 
     def observe(self, site: SiteInfo, scores: Tensor) -> Ranks:
         assert scores.numel() == site.units, f"{site.name}: {scores.numel()} scores for {site.units} units"
@@ -81,11 +87,12 @@ def divide(sites: Sequence[SiteInfo], ranks: Sequence[Ranks], total: int) -> dic
 
 
 def fill(sites: Sequence[SiteInfo], ranks: Sequence[Ranks], keep: Amount) -> dict[str, int]:
-    """The best units whose parameters fit into what ``keep`` of all parameters is; in steps of whole groups."""
-    if keep.share is not None:
-        budget = sum((site.units * Decimal(repr(site.cost)) for site in sites), Decimal(0)) * keep.share
-    else:
-        budget = sum((uniform_count(site, keep) * Decimal(repr(site.cost)) for site in sites), Decimal(0))
+    """The best units whose parameters fit into what ``keep`` of all parameters is; in steps of whole groups.
+
+    Raises:
+        SecateurError: the minima alone cost more.
+    """
+    budget = affordable(sites, keep)
     low, high = 0, sum(site.units for site in sites)
     table = merged(ranks)
 
@@ -99,6 +106,12 @@ def fill(sites: Sequence[SiteInfo], ranks: Sequence[Ranks], keep: Amount) -> dic
     def price(best: int) -> Decimal:
         return sum((n * Decimal(repr(s.cost)) for s, n in zip(sites, counts(best), strict=True)), Decimal(0))
 
+    if price(0) > budget:
+        raise SecateurError(
+            f"at least {sum(counts(0))} units must stay",
+            received=f"{int(budget)} parameters to keep",
+            works="keep more of them",
+        )
     while low < high:
         mid = (low + high + 1) // 2
         low, high = (mid, high) if price(mid) <= budget else (low, mid - 1)

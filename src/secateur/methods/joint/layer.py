@@ -130,13 +130,18 @@ class LayerMethod(Method):
         return [(self.grain.select(w.square(), count), w.clone()) for w, count in pairs]
 
     def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor | None:
-        """Least squares on the survivors that were decided elsewhere."""
+        """Least squares on survivors that were decided elsewhere. ADMM and ALPS end in iterations of their own, so
+        their replays are solved exactly instead and have other values than the run."""
+        return self.refitted(site, evidence, mask, min(self.damping, 0.01))
+
+    def refitted(self, site: MatrixSite, evidence: Evidence, mask: Tensor, damping: float) -> Tensor:
+        """The survivors' best values with this damping."""
         if bool(mask.all()):
             return site.weight
         layer = Layer.of([site], [evidence], [0])
         if layer.silent:
             return site.weight.masked_fill(~mask.to(site.weight.device), 0)
-        return refit(layer.gram, layer.weights[0], mask.to(site.weight.device), min(self.damping, 0.01))
+        return refit(layer.gram, layer.weights[0], mask.to(site.weight.device), damping)
 
 
 def together(sites: Sequence[MatrixSite], evidence: Sequence[Evidence], members: Sequence[int]) -> list[list[int]]:

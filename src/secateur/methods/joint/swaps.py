@@ -72,7 +72,7 @@ class SparseSwaps(LayerMethod):
         return out
 
     def reweigh(self, site: MatrixSite, evidence: Evidence, mask: Tensor) -> Tensor | None:
-        return super().reweigh(site, evidence, mask) if self.refit else None
+        return self.refitted(site, evidence, mask, self.damping) if self.refit else None
 
 
 def swap_width(grain: Grain, columns: int) -> int:

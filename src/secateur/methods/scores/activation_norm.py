@@ -12,16 +12,14 @@ inside an expert (for its neurons too) the norm is over all tokens that come to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from secateur.anatomy.types import Port
-from secateur.engine.probes import BlockOutput, PositionSquares, Probe
+from secateur.engine.probes import BlockOutput, PositionSquares
 from secateur.errors import SecateurError
 from secateur.methods.base import MatrixSite, UnitScore, UnitSite
 
@@ -31,7 +29,9 @@ class ActivationNorm(UnitScore):
     """L2 norm of a unit's activations over windows, mean over positions."""
 
     needs = (PositionSquares, BlockOutput)
-    needs_in: ClassVar[Mapping[str, tuple[type[Probe], ...]]] = MappingProxyType({"layer": (BlockOutput,)})
+    needs_in = MappingProxyType(
+        {"layer": (BlockOutput,), **dict.fromkeys(("ffn", "kv_group", "head", "expert"), (PositionSquares,))}
+    )
 
     def units(self, site: UnitSite) -> Tensor:
         if site.space.name == "layer":

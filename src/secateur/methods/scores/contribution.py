@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from secateur.engine.probes import Contribution as Share
@@ -27,4 +28,6 @@ class Contribution(Score):
     spaces = ("weight", "ffn", "kv_group", "head")
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
-        return evidence[Share].share.to(site.weight.device)
+        share = evidence[Share].share.to(site.weight.device)
+        # inputs that never fire (an expert that no token reached) come last, by magnitude instead of all equal
+        return torch.where(share == 0, 1e-20 * site.weight.abs(), share)

@@ -28,4 +28,6 @@ class FisherScore(Score):
     needs = (Fisher,)
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
-        return site.weight.float().square() * evidence[Fisher].diagonal.to(site.weight.device) / 2
+        # where nothing is felt (an expert that no token reached) weights come last, by magnitude instead of all equal
+        diagonal = evidence[Fisher].diagonal.clamp_min(1e-25)
+        return site.weight.float().square() * diagonal.to(site.weight.device) / 2

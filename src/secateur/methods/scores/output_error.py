@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from secateur.engine.probes import Evidence, Gram, InputNorm
@@ -37,9 +38,10 @@ class OutputError(Score):
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
         w = site.weight
-        if isinstance(self.grain, Tile):
-            return self.grain.spread(tile_errors(w, evidence[Gram].gram.to(w.device), self.grain))
         # inputs that never fire (an expert that no token reached) come last, by magnitude instead of all equal
+        if isinstance(self.grain, Tile):
+            errors = tile_errors(w, evidence[Gram].gram.to(w.device), self.grain)
+            return self.grain.spread(torch.where(errors == 0, 1e-24 * self.grain.unit_scores(w.square()), errors))
         return (w * evidence[InputNorm].norm.clamp_min(1e-12).to(w.device)).square()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from secateur.engine.probes import Evidence, Gradient, LocalGradient
@@ -31,8 +32,7 @@ class Taylor(Score):
         object.__setattr__(self, "needs", (_gradient(self.local),))
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
-        gradient = evidence[_gradient(self.local)].gradient
-        return (site.weight * gradient.to(site.weight.device)).abs()
+        return _products(site, evidence[_gradient(self.local)]).abs()
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,14 @@ class TaylorVector(Score):
 
     def score(self, site: MatrixSite, evidence: Evidence) -> Tensor:
         """Signed products, which only a fold over units makes an importance of."""
-        gradient = evidence[_gradient(self.local)].gradient
-        return site.weight * gradient.to(site.weight.device)
+        return _products(site, evidence[_gradient(self.local)])
+
+
+def _products(site: MatrixSite, slope: Gradient) -> Tensor:
+    """Weights times gradients. Where these are 0 (an expert that no token reached) the products are all positive and
+    tiny, so that such weights come last, by magnitude instead of all equal."""
+    w, gradient = site.weight, slope.gradient.to(site.weight.device)
+    return torch.where(gradient == 0, 1e-20 * w.abs(), w * gradient)
 
 
 def _gradient(local: object) -> type[Gradient]:

@@ -43,6 +43,7 @@ class TaylorBlock(Score):
         w = site.weight.double()
         product = w * gradient
         first = tile.unit_scores(product.square()) / (tile.rows * tile.columns)
-        level = self.damping * gradient.square().mean()
+        # without a slope (an expert that no token reached) a tiny last term is left: by magnitude, not all equal
+        level = (self.damping * gradient.square().mean()).clamp_min(1e-25)
         second = tile.unit_scores(product).square() + level * tile.unit_scores(w.square())
         return tile.spread(first + second / 2)
