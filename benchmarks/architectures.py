@@ -99,7 +99,7 @@ def table(rows: Sequence[Row]) -> str:
         "`secateur.load` (the config has no word for the size, or says another model with it). `-`: not offered. In a",
         "mixture of experts `ffn` means the neurons of each routed expert; those of shared experts stay, and a count",
         "that is no multiple of 16 bytes loads with `secateur.load` only. `weight` is masked, never cut. Of a family",
-        "with several parts (vision, audio) the text part is meant.",
+        "with several parts (vision, audio) the text part is meant. Layers are cut where the config says what stays.",
         "",
         f"| family | anatomy | {' | '.join(SPACES)} |",
         f"|---|---|{'---|' * len(SPACES)}",

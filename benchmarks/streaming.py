@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/streaming.py --work /some/disk [--layers 32] [--hidden 4096 --ffn 11008]
 
 Makes bf16 shards (4,096 wide, 11,008 FFN, one shard a layer, 13 GB for 32 layers), runs the command line with Wanda
-50 % on 16 x 512 tokens of the builtin text, and prints the dry run's peak memory and the process's own (VmHWM). The
-files are deleted afterwards unless --keep is given. Words after ``--`` are added to both command lines.
+50 % on 16 x 512 tokens of the builtin text, and prints the peak memory that the dry run says, the larger peak of the
+two processes (the dry run's and the run's, by getrusage), and the one in the run's report. The files are deleted
+afterwards unless --keep is given. Words after ``--`` are added to both command lines.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 from secateur.anatomy import anatomy_of
@@ -49,6 +50,7 @@ ROPE: dict[str, Any] = COMMON | dict(
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**ROPE, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(**COMMON, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "qwen2": lambda: Qwen2Config(**ROPE),
     "gemma2": lambda: Gemma2Config(**ROPE, head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
     "falcon": lambda: FalconConfig(**COMMON, hidden_size=32, num_hidden_layers=3, num_attention_heads=4),
     "mixtral": lambda: MixtralConfig(**ROPE | {"intermediate_size": 24}, num_local_experts=4, num_experts_per_tok=2),

@@ -72,7 +72,7 @@ def _spaces(config: Any, anatomy: Anatomy, model: nn.Module) -> list[dict[str, A
     rows: list[dict[str, Any]] = []
     if matrices:
         rows.append({"space": "weight", "units": f"{total:,} weights in {len(matrices)} tensors", "apply": "mask"})
-    kv = _kv_bytes(anatomy, model)
+    kv = size(model).kv_bytes_per_token
     for name in anatomy.spaces():
         if name == "layer":
             costs = [sum(p.numel() for p in model.get_submodule(b.name).parameters()) for b in anatomy.blocks]
@@ -81,9 +81,8 @@ def _spaces(config: Any, anatomy: Anatomy, model: nn.Module) -> list[dict[str, A
                     "space": "layer",
                     "units": f"{len(costs)} layers",
                     "parameters_each": _each(costs),
-                    "kv_bytes_each": kv,
-                    "apply": "mask, cut",
-                    "loads_with": _layers_load(config, anatomy),
+                    "kv_bytes_each": kv // len(anatomy.blocks),  # a mean: not every kind of layer has a cache
+                    **_layers_load(config, anatomy),
                 }
             )
         elif name != "weight":
@@ -99,7 +98,7 @@ def _spaces(config: Any, anatomy: Anatomy, model: nn.Module) -> list[dict[str, A
                     "parameters_each": _each(
                         [round(unit_cost(b, b.spaces[name], model.get_submodule(b.name))) for b in having]
                     ),
-                    "kv_bytes_each": round(kv / space.size) if name == "kv_group" and kv else 0,
+                    "kv_bytes_each": round(kv / sum(b.spaces[name].size for b in having)) if name == "kv_group" else 0,
                     "apply": "mask, cut",
                     "loads_with": "AutoModel if uniform, else secateur.load" if plain else "secateur.load",
                 }
@@ -123,9 +122,9 @@ def _fewer(blocks: Sequence[Block], name: str) -> dict[str, dict[str, Tensor]]:
     return keeps
 
 
-def _layers_load(config: Any, anatomy: Anatomy) -> str:
-    """How a model without some of its layers loads. Where layers differ, a config often says only where the one kind
-    ends and the other begins, and not that any layer is absent; so every kind of layer is left out once."""
+def _layers_load(config: Any, anatomy: Anatomy) -> dict[str, str]:
+    """Whether layers can be cut. Where they differ, a config often says only every how many layers another kind comes,
+    and not that any layer is absent; so every kind of layer is left out once."""
     kinds: dict[tuple[str, ...], int] = {}
     for block in anatomy.blocks:
         kinds.setdefault(tuple(sorted(m.tensor for m in block.matrices)), block.index)
@@ -134,16 +133,10 @@ def _layers_load(config: Any, anatomy: Anatomy) -> str:
         keep = torch.ones(len(anatomy.blocks), dtype=torch.bool)
         keep[index] = False
         answers.append(_plain(config, anatomy, {"model": {"layer": keep}}))
-    if all(answers):
-        return "AutoModel"
-    return "AutoModel or secateur.load, by which layers stay" if any(answers) else "secateur.load"
+    some = "mask, cut if the config can say what stays" if any(answers) else "mask"
+    return {"apply": "mask, cut" if all(answers) else some, "loads_with": "AutoModel"}
 
 
 def _plain(config: Any, anatomy: Anatomy, keeps: Mapping[str, Mapping[str, Tensor]]) -> bool:
     """Whether a cut loads with plain ``from_pretrained``: tried out on a skeleton."""
     return updated_config(config, anatomy, keeps).uniform
-
-
-def _kv_bytes(anatomy: Anatomy, model: nn.Module) -> int:
-    """KV cache bytes per token of one layer."""
-    return size(model).kv_bytes_per_token // max(len(anatomy.blocks), 1)

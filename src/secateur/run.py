@@ -20,6 +20,7 @@ from secateur.account import Clock, file_hash, predictions, provenance, step_rec
 from secateur.cliff import curve_of, within_bound
 from secateur.engine.apply import ConfigChange, updated_config
 from secateur.engine.backward import GROUP
+from secateur.engine.check import refuse_unproved
 from secateur.engine.checkpoint import load, read_generation
 from secateur.engine.decode import self_text
 from secateur.engine.distribute import World, world
@@ -188,6 +189,7 @@ class _Run:
         reads = any(needs_text(p, s) for p, s in zip(all_parts, self.steps, strict=True)) and self._text_wanted
         if reads and self.recipe.text.source != "self":
             self._windows  # noqa: B018 (text errors belong before the work)
+        self._prove()
         self.forecast = predict(self, first)
         if self.how.dry_run:
             return {"dry_run": plain(self.forecast)}
@@ -213,6 +215,18 @@ class _Run:
                 remove(work)
             self.world.wait()
         return result
+
+    def _prove(self) -> None:
+        """Refuse units that are not what the anatomy says; of layers the config says later which may go."""
+        problem = None
+        spaces = dict.fromkeys(step.space for step in self.steps if step.space not in ("weight", "layer"))
+        try:
+            for space in spaces if self.world.first else ():
+                with self.clock.phase("open"):
+                    refuse_unproved(self.store.config, space)
+        except SecateurError as error:
+            problem = error
+        self.world.agree(problem)
 
     def _step(self, work: Path, store: Store, step: Step, number: int) -> tuple[StepRecord, Path]:
         """One step from a store to a finished checkpoint in its working directory."""
@@ -456,17 +470,18 @@ class _Run:
 
 def _loaded(store: Store, device: torch.device) -> nn.Module:
     """The store's model whole, in the dtype its files have."""
+    assert store.origin is not None
+    if store.origin.kind == "directory":
+        return _whole(store.origin, device)
     model = store.skeleton()
     store.load_whole(model, device)
-    with torch.no_grad():
-        dtype = store.dtype_of(store.names(0)[0])
-        return model.to(dtype).eval()
+    return model.eval()
 
 
 def _whole(origin: Origin, device: torch.device) -> nn.Module:
-    if origin.kind == "directory" and (origin.path / RECORD).is_file():
-        return load(origin.path, trust_remote_code=origin.trust_remote_code).to(device)
-    return _loaded(Store.open(origin), device)
+    """A model whole, dense or pruned: what is compared is loaded alike, down to its rotary tables."""
+    path = origin.path / origin.gguf_file if origin.gguf_file else origin.path
+    return load(path, trust_remote_code=origin.trust_remote_code).to(device)
 
 
 def hidden_size(config: Any) -> int:

@@ -17,6 +17,7 @@ from secateur.anatomy.types import Anatomy
 from secateur.engine.distribute import World
 from secateur.engine.heap import give_back
 from secateur.engine.host.build import describe_skeleton
+from secateur.engine.outcome import check_layers
 from secateur.engine.plan import Plan
 from secateur.engine.probes import Evidence, Probe, walked
 from secateur.engine.store import Store
@@ -153,7 +154,10 @@ class Stage:
         if replay is None:
             self.told = self.whole.tell(self.parts.needs)
         layers = replay[f"{self.number}/layer/model"] if replay is not None and self.step.space == "layer" else None
-        gone = ~layers if layers is not None and self.step.apply == "cut" else torch.zeros(len(self.blocks)).bool()
+        gone = torch.zeros(len(self.blocks)).bool()
+        if layers is not None and self.step.apply == "cut":
+            check_layers(self.store.config, self.anatomy, layers)
+            gone = ~layers
         plan = Plan()
         skip = {i for i in range(len(self.blocks)) if sink.finished(i)}
         fits = len(skip) < len(self.blocks) and self.step.space != "layer" and (replay is None or reweigh)

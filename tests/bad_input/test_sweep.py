@@ -270,7 +270,7 @@ CASES = [
     Case("NaN", f"{FFN} --keep 0.5", ("up_proj", "NaN", "1 of 1536"), at_model(weights(lambda s: s[UP].view(-1).__setitem__(3, float("nan")))), stage="weights"),
     Case("infinity", f"{WANDA}", ("embed_tokens", "infinite"), at_model(weights(lambda s: s["model.embed_tokens.weight"].view(-1).__setitem__(3, float("inf")))), stage="weights"),
     Case("NaN, measured", "measure m --text text.txt --length 16", ("up_proj", "NaN"), at_model(weights(lambda s: s[UP].view(-1).__setitem__(3, float("nan")))), stage="weights"),
-    Case("initial values that cannot be drawn", f"{FFN} --keep 0.5", ("MixtralForCausalLM", "config.json"), at_model(config(initializer_range=-0.5)), model="mixtral", stage="weights"),
+    Case("initial values that cannot be drawn", f"{MAGNITUDE} --keep 0.5", ("MixtralForCausalLM", "config.json"), at_model(config(initializer_range=-0.5)), model="mixtral", stage="weights"),
     Case("a record of ours that is no JSON", f"{FFN} --keep 0.5", ("secateur.json", "JSON"), at_model(put("secateur.json", "{"))),
     Case("a record with nonsense sizes", f"{FFN} --keep 0.5", ("ffn", "many"), at_model(put("secateur.json", '{"sizes": {"model.layers.0": {"ffn": "many"}}}'))),
     Case("a broken generation config", f"{FFN} --keep 0.5", ("generation_config.json",), at_model(put("generation_config.json", "{"))),

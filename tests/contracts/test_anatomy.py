@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from zoo import ZOO
 
 from secateur.anatomy import anatomy_of
@@ -20,6 +24,7 @@ from secateur.engine.apply import cut, cut_layers, mask, updated_config
 from secateur.engine.check import check
 from secateur.engine.checkpoint import load
 from secateur.engine.host.build import changed_config, describe_skeleton, skeleton_model
+from secateur.engine.host.experts import is_experts, listening
 from secateur.engine.host.toy import toy_config, toy_model
 from secateur.errors import SecateurError
 from whole_toys import written
@@ -32,6 +37,9 @@ EXPECTED: Mapping[str, set[str]] = dict.fromkeys(ZOO, DENSE) | {
     "falcon": DENSE - {"kv_group"},  # one KV head
     "gpt_bigcode": DENSE - {"kv_group"},
     "deepseek_v3": {"weight", "head", "ffn", "layer"},  # one latent, and experts chosen within groups
+    "stablelm, a norm per head": {"weight", "ffn"},
+    "opt, norms after the sum": DENSE - {"layer"},
+    "bloom, sums of norms": {"weight", "ffn"},
     **dict.fromkeys(("gpt_oss", "mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe"), MIXTURE),
 }
 
@@ -257,6 +265,43 @@ def test_a_silenced_router_never_chooses_the_dropped_and_speaks_again(family: st
                 assert torch.equal(mine, getattr(whole.get_submodule(f"{block.name}.{owner}"), leaf))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe", "deepseek_v3"])
+def test_experts_that_are_listened_to_answer_as_before(family: str) -> None:
+    model, _ = _toy(family)
+    text = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    experts = [(name, part) for name, part in model.named_modules() if is_experts(part)]
+    calls: list[tuple[str, str]] = []
+    with torch.no_grad():
+        want = model(text).logits
+        with ExitStack() as stack:
+            for name, part in experts:
+                stack.enter_context(listening(part, lambda tensor, *_, name=name: calls.append((name, tensor))))
+            got = model(text).logits
+    assert experts and {name for name, _ in calls} == {name for name, _ in experts}
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [NemotronHExperts, MuseSparkExperts])
+def test_experts_without_a_gate_or_with_a_norm_answer_as_before(kind: Any) -> None:
+    """Two shapes that no family of the zoo has."""
+    config = SimpleNamespace(
+        n_routed_experts=4, num_local_experts=4, hidden_size=6, moe_hidden_size=6, moe_intermediate_size=5
+    )
+    config.moe_latent_size, config.mlp_hidden_act, config.hidden_act = None, "silu", "silu"
+    config.post_norm_eps, config._experts_implementation = 1e-6, "eager"
+    part, g = kind(config), torch.Generator().manual_seed(0)
+    assert (part.has_gate, part.has_post_expert_norm) in {(False, False), (True, True)}
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g))
+        x, index = torch.randn(9, 6, generator=g), torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(9)])
+        gates, heard = torch.rand(9, 2, generator=g), list[str]()
+        want = part(x, index, gates)
+        with listening(part, lambda tensor, *_: heard.append(tensor)):
+            torch.testing.assert_close(part(x, index, gates), want)
+    assert len(set(heard)) == 2
+
+
 def test_layers_are_renumbered_and_the_config_says_so() -> None:
     model, anatomy = _toy("gemma2")
     kinds = list(model.config.layer_types)
@@ -266,6 +311,34 @@ def test_layers_are_renumbered_and_the_config_says_so() -> None:
     assert model.config.num_hidden_layers == len(model.model.layers) == 3
     assert model.config.layer_types == kinds[1:]
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("llama4_text", {}),  # moe_layers: [0, 1, 2, 3], as long as the stack
+        ("qwen3_moe", {"mlp_only_layers": [0, 2]}),
+        ("deepseek_v3", {"first_k_dense_replace": 2}),
+    ],
+)
+def test_layers_of_another_kind_keep_it_under_new_numbers(family: str, words: dict[str, Any], tmp_path: Path) -> None:
+    config = changed_config(toy_config(AutoConfig.for_model(family, num_hidden_layers=4)), words)
+    for gone in range(4):
+        model = toy_model(config)
+        anatomy, keeps = anatomy_of(describe_skeleton(model)), {"model": {"layer": _keep(4, gone)}}
+        change = updated_config(config, anatomy, keeps)
+        assert change.uniform, change.reason
+        cut(model, anatomy, keeps)
+        model.config = changed_config(config, change.fields)
+        model.save_pretrained(tmp_path / str(gone))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(gone), attn_implementation="eager")
+        _same(model, again)
+
+
+def test_layers_that_no_config_leaves_out_are_not_proved() -> None:
+    result = check(AutoConfig.for_model("gpt2", scale_attn_by_inverse_layer_idx=True))
+    assert result.proved == {"weight": True, "kv_group": True, "head": True, "ffn": True, "layer": False}
+    assert "attn.scaling" in result.reasons["layer"]
 
 
 # --- what the config can say -----------------------------------------------------------------------------

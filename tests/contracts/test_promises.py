@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from zoo import ZOO
 
 import secateur
 from secateur.anatomy import anatomy_of
-from secateur.engine.apply import mask
+from secateur.engine.apply import cut, mask
 from secateur.engine.host.build import describe_skeleton
 from secateur.engine.host.origin import resolve
+from secateur.engine.host.toy import VOCABULARY, toy_model
 from secateur.engine.plan import Plan, keeps_of
 from secateur.engine.store import Store
 from secateur.engine.walk import batches_of
@@ -246,6 +248,38 @@ def test_masked_is_cut_is_reloaded(ground: Path, tmp_path: Path, family: str, sp
     assert (logits(on_disk) - cut).abs().max() <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "glm4_moe"])  # routers without a correction, and with one in a buffer
+def test_experts_are_inspected_and_cut(tmp_path: Path, family: str) -> None:
+    dense = toy_model(ZOO[family]())
+    dense.save_pretrained(tmp_path / "in")
+    anatomy = anatomy_of(describe_skeleton(dense))
+    rows = {row["space"]: row for row in secateur.inspect(str(tmp_path / "in"))["spaces"]}
+    words = ["--space", "expert", "--score", "magnitude", "--keep", 4, "--no-measure", "-o", tmp_path / "out"]
+    assert cli("prune", tmp_path / "in", *words) == 0
+    small = secateur.load(tmp_path / "out")
+    gone = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in small.parameters())
+    assert gone == 3 * sum("expert" in b.spaces for b in anatomy.blocks) * rows["expert"]["parameters_each"]
+    mask(dense, anatomy, keeps_of(Plan.open(tmp_path / "out/plan.safetensors")))
+    small.set_experts_implementation("eager")  # odd sizes: the grouped kernel wants rows of 16 bytes
+    text = tokens(3, 11) % VOCABULARY
+    with torch.no_grad():
+        cut, masked = small(text).logits, dense(text).logits
+    assert (cut - masked).abs().max() <= 1e-5 * masked.abs().max()
+
+
+def test_layers_that_no_config_leaves_out_are_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "in", "gpt2", scale_attn_by_inverse_layer_idx=True)  # a layer knows its number
+    words = ["--space", "layer", "--score", "magnitude", "--keep", 2, "--no-measure", "-o", tmp_path / "out"]
+    assert cli("prune", tmp_path / "in", *words, "--protect", "last:1") == 2
+    said = capsys.readouterr().err
+    assert "cannot be written without these layers" in said and "--apply mask" in said
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("block-*"))
+    assert cli("prune", tmp_path / "in", *words, "--protect", "first:2") == 0  # the others keep their numbers
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(plain), logits(secateur.load(tmp_path / "out")))
+    assert cli("prune", tmp_path / "in", *words, "--protect", "last:1", "--apply", "mask", "--overwrite") == 0
+
+
 @pytest.mark.parametrize("space", ["weight", "ffn"])
 def test_tied_weights_stay_tied(ground: Path, tmp_path: Path, space: str) -> None:
     out, words = tmp_path / "out", ["--space", space, "--score", "magnitude", "--keep", KEEP, *GROUND]
@@ -311,3 +345,68 @@ def test_grains_count_exactly_on_real_blocks(grain: str, words: dict[str, str]) 
         value = weights[f"{index}.{name}"]
         assert torch.all(bits(value)[~mask_] == 0)
         assert torch.all(value[mask_] != 0)
+
+
+@pytest.mark.parametrize(
+    ("keep", "protect", "stay"),
+    [
+        (2, None, [0, 2]),
+        (3, None, [0, 2, 3]),
+        (3, "last:1", [0, 2, 4]),
+        (3, "first:2", [0, 1, 2]),
+        (4, "first:2,last:1", [0, 1, 2, 4]),
+    ],
+)
+def test_the_layers_of_highest_score_stay_beside_the_protected(keep: int, protect: str | None, stay: list[int]) -> None:
+    model = make("llama", num_hidden_layers=5)
+    with torch.no_grad():
+        for layer, size in zip(model.model.layers, (3, 1, 5, 2, 0.5), strict=True):
+            for weight in layer.parameters():
+                weight.mul_(size)
+    plan, _ = stepped("llama", model=model, space="layer", score="magnitude", keep=keep, protect=protect)
+    assert plan["0/layer/model"].nonzero().flatten().tolist() == stay
+
+
+def test_taylor_of_the_blocks_own_output_through_a_step() -> None:
+    """The first block, by the gradient of the norm of what it answers in the host's own forward pass."""
+    model, out = make("llama"), list[Tensor]()
+    plan, _ = stepped("llama", model=model, space="weight", score="taylor:local=true", grain="row")
+    block = model.requires_grad_(True).model.layers[0]
+    block.register_forward_hook(lambda m, a, y: out.append(y))
+    for ids in batches_of(tokens(4, 10), 2):
+        model(input_ids=ids)
+        out[-1].norm().backward()
+    for m in anatomy_of(describe_skeleton(model)).blocks[0].matrices:
+        weight = block.get_parameter(m.tensor)
+        products = (weight * weight.grad).abs()
+        best = torch.zeros_like(products).scatter(1, products.topk(products.shape[1] // 2).indices, 1)
+        assert torch.equal(plan[f"0/weight/model.layers.0.{m.tensor}"], best.bool()), m.tensor
+
+
+def test_units_of_unequal_cost_are_pooled_by_what_a_parameter_brings() -> None:
+    """Experts of which some layers have lost neurons; each has one that stays anyway."""
+    model, g = make("mixtral", num_experts_per_tok=1), torch.Generator().manual_seed(0)
+    anatomy = anatomy_of(describe_skeleton(model))
+    neurons = {b.name: torch.arange(24) < n for b, n in zip(anatomy.blocks, (24, 10, 16), strict=True)}
+    cut(model, anatomy, {name: {"ffn": keep.expand(4, 24)} for name, keep in neurons.items()})
+    found = []
+    for i, layer in enumerate(model.model.layers):
+        up, down = layer.mlp.experts.gate_up_proj.detach(), layer.mlp.experts.down_proj.detach()
+        for e in range(4):
+            size = 0.25 + 1.5 * torch.rand((), generator=g)
+            up[e], down[e] = up[e] * size, down[e] * size
+            cost = up[e].numel() + down[e].numel() + layer.mlp.gate.weight[e].numel()
+            found.append((float(up[e].abs().sum() + down[e].abs().sum()), cost, i, e))
+    kept = {}
+    for way in ("false", "true"):
+        words = {"space": "expert", "score": "magnitude", "budget": f"pooled:cost={way}", "keep": "0.6"}
+        plan, _ = stepped("mixtral", model=model, **words)
+        kept[way] = {(i, e) for i in range(3) for e in range(4) if plan[f"0/expert/model.layers.{i}"][e]}
+        budget, best = Decimal("0.6") * sum(cost for _, cost, *_ in found), set()
+        for _, cost, i, e in sorted(found, key=lambda f: -f[0] / (f[1] if way == "true" else 1)):
+            budget -= cost
+            if budget < 0:
+                break
+            best.add((i, e))
+        assert kept[way] == best
+    assert kept["true"] != kept["false"]

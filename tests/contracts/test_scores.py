@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from synthetic_sites import LAYERS, Layer, llama
+from synthetic_sites import LAYERS, Layer, gpt2, llama
 from torch import Tensor
 
 from secateur.engine.probes import Evidence
@@ -16,6 +16,7 @@ from secateur.methods.composed import Composed
 from secateur.methods.grains import Unit, parse_grain
 from secateur.methods.legal import UNIT_SPACES, check_legal, legal_spaces
 from secateur.methods.scores import SCORES
+from secateur.methods.scores.magnitude import Magnitude
 
 GRAINS = ("row", "matrix", "columns:5", "2:4", "tile:2x2")
 UNIT_CASES = [
@@ -201,3 +202,27 @@ def test_a_unit_score_cannot_rank_single_weights() -> None:
                 Composed(score(), parse_grain("row")).prune(
                     layer.matrix_sites("q.weight")[0], layer.evidence("q.weight"), 6
                 )
+
+
+def test_wide_units_add_up_all_their_entries() -> None:
+    """KV groups, heads across groups, heads in a fused tensor stored [in, out], and whole layers, slice by slice."""
+    score = Magnitude()
+    t = {n.removesuffix(".weight"): w.abs() for n, w in llama().tensors.items()}
+    groups = [
+        t["q"][6 * u : 6 * u + 6].sum()
+        + t["k"][3 * u : 3 * u + 3].sum()
+        + t["v"][3 * u : 3 * u + 3].sum()
+        + t["o"][:, 6 * u : 6 * u + 6].sum()
+        for u in range(2)
+    ]
+    torch.testing.assert_close(score.units(llama().unit_site("kv_group")), torch.stack(groups))
+    heads = [t["q"][3 * h : 3 * h + 3].sum() + t["o"][:, 3 * h : 3 * h + 3].sum() for h in range(4)]
+    torch.testing.assert_close(score.units(llama().unit_site("head")), torch.stack(heads).reshape(2, 2))
+    attn, proj = (gpt2().tensors[n].abs() for n in ("attn.weight", "proj.weight"))
+    fused = [
+        sum(attn[:, at + 3 * h : at + 3 * h + 3].sum() for at in (0, 12, 24)) + proj[3 * h : 3 * h + 3].sum()
+        for h in range(4)
+    ]
+    torch.testing.assert_close(score.units(gpt2().unit_site("head")), torch.stack(fused))
+    total = torch.stack([w.sum() for w in t.values()]).sum()
+    torch.testing.assert_close(score.units(llama().unit_site("layer")), total.reshape(1))

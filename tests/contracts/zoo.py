@@ -45,11 +45,17 @@ SWITCHES: Mapping[str, Mapping[str, Any]] = {
     "olmoe": {},
     "deepseek_v3": {},
     "glm4_moe": {},
+    # what a switch changes so much that spaces come or go
+    "gpt_bigcode, many KV heads": {"multi_query": False},
+    "stablelm, a norm per head": {"qk_layernorm": True, "num_key_value_heads": 8},
+    "opt, norms after the sum": {"do_layer_norm_before": False},
+    "bloom, sums of norms": {"apply_residual_connection_post_layernorm": True},
 }
 
 
-def _maker(family: str) -> Callable[[], Any]:
-    return lambda: toy_config(AutoConfig.for_model(family, **SWITCHES[family]))
+def _maker(name: str) -> Callable[[], Any]:
+    family = name.partition(",")[0]
+    return lambda: toy_config(AutoConfig.for_model(family, **SWITCHES[name]))
 
 
-ZOO: Mapping[str, Callable[[], Any]] = {family: _maker(family) for family in SWITCHES}
+ZOO: Mapping[str, Callable[[], Any]] = {name: _maker(name) for name in SWITCHES}

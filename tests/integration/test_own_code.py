@@ -144,6 +144,26 @@ def test_its_anatomy_is_proved(kind: dict[str, str], tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("kind", [WHOLE, BORROWED], ids=["own config", "Llama's config"])
+def test_units_that_are_none_are_refused(
+    kind: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An FFN that divides by the mean over its neurons: fewer of them are another function than zeros among them."""
+    model = own(tmp_path / "model", kind)
+    code, plain = model / "modeling_own.py", "return super().forward(self.stretch * x)"
+    normed = "h = self.up_proj(x); return self.down_proj(h / h.abs().mean(-1, keepdim=True))"
+    assert plain in code.read_text()
+    code.write_text(code.read_text().replace(plain, normed))
+    words = ["prune", model, "-o", tmp_path / "out", TRUST, "--score", "magnitude", "--keep", 0.5, "--no-measure"]
+    before = sorted(tmp_path.iterdir())
+    for more in ([], ["--dry-run"], ["--apply", "mask"]):
+        capsys.readouterr()
+        assert cli(*words, "--space", "ffn", *more) == 2
+        told_once(capsys, "not proved", "masked and cut logits differ", "--check")
+        assert set(tmp_path.iterdir()) <= {*before, tmp_path / "imported", tmp_path / "modules"}
+    assert cli(*words, "--space", "kv_group") == 0
+
+
+@pytest.mark.parametrize("kind", [WHOLE, BORROWED], ids=["own config", "Llama's config"])
 @pytest.mark.parametrize("space", ["ffn", "kv_group", "layer"])
 def test_cut_is_masked_is_reloaded(kind: dict[str, str], space: str, tmp_path: Path) -> None:
     model, out, text = own(tmp_path / "model", kind), tmp_path / "out", write_text(tmp_path / "text.txt")

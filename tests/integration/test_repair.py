@@ -179,6 +179,24 @@ def test_every_repair_on_every_choice(family: str, repair: str, choice: str) -> 
         assert all(f.after <= f.before for f in stage.fits) and any(f.after < 0.95 * f.before for f in stage.fits)
 
 
+@pytest.mark.parametrize(
+    ("choice", "names"), [("row", ("attn.c_attn", "mlp.c_proj")), ("ffn, masked", ("mlp.c_proj",))]
+)
+def test_mean_bias_keeps_the_mean_output_beside_biases_that_were_there(choice: str, names: tuple[str, ...]) -> None:
+    """In the first block, whose inputs nothing changed; the neurons that a mask takes are zeroed before the reader."""
+    model, words = make("gpt2"), CHOICES[choice] | {"repair": "mean_bias"}
+    plan, tensors, _ = carried_out(model, words)
+    for name in names:
+        x, old = inputs(model, f"transformer.h.0.{name}"), model.transformer.h[0].get_submodule(name)
+        before = x @ old.weight.detach().double() + old.bias.detach().double()
+        if choice != "row":
+            x = x * plan["0/ffn/transformer.h.0"]
+        assert float(old.bias.detach().abs().max()) > 0.01  # there is something to overwrite
+        after = x @ tensors[f"0.{name}.weight"].double() + tensors[f"0.{name}.bias"].double()
+        torch.testing.assert_close(after.mean(0), before.mean(0), rtol=1e-4, atol=1e-5)
+        assert float((after - before).abs().max()) > 0.01
+
+
 @pytest.mark.parametrize("apply", ["mask", "cut"])
 def test_experts_are_fitted_and_nothing_else_mends_them(apply: str) -> None:
     words = {"space": "expert", "score": "router_mass", "keep": 3, "apply": apply}
@@ -412,6 +430,25 @@ def test_biases_that_no_config_can_say_are_refused_before_the_work(ground: Path,
     heard = capsys.readouterr().err
     assert "no bias at mlp.experts" in heard and "--repair least_squares" in heard and heard.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_word_of_falcon_adds_every_bias() -> None:
+    _, tensors, stage = carried_out(make("falcon"), CHOICES["ffn"] | {"repair": "mean_bias"})
+    assert stage.store.config.bias is True
+    linears = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    added = {f"{i}.{name}.bias" for i in range(3) for name in linears}
+    assert {n for n in tensors if n.endswith(".bias") and "norm" not in n} == added
+    assert {n for n in added if bool(tensors[n].any())} == {n for n in added if "4h_to_h" in n}
+
+
+@pytest.mark.parametrize(("family", "choice", "place"), [
+    ("gemma2", "ffn", "mlp.down_proj"),  # its config has a word for those of attention alone
+    ("qwen2", "ffn", "mlp.down_proj"),
+    ("qwen2", "row", "mlp.down_proj, mlp.gate_proj, mlp.up_proj, self_attn.o_proj"),  # q, k and v have theirs
+])  # fmt: skip
+def test_biases_of_other_families_without_a_word_are_refused(family: str, choice: str, place: str) -> None:
+    with pytest.raises(SecateurError, match=f"no bias at {place}, and its config has no word"):
+        carried_out(make(family), CHOICES[choice] | {"repair": "mean_bias"})
 
 
 REPLAYED = {

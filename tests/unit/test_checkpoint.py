@@ -13,8 +13,12 @@ from torch import nn
 
 from secateur.engine import write
 from secateur.engine.checkpoint import load
+from secateur.engine.host.build import default_config
+from secateur.engine.host.convert import cast
 from secateur.engine.host.origin import resolve
+from secateur.engine.host.toy import toy_config, toy_model
 from secateur.engine.store import Store
+from secateur.engine.walk import running_as
 from secateur.engine.write import Outcome, StepWriter, publish
 from secateur.errors import SecateurError
 
@@ -35,6 +39,16 @@ def through(store: Store, work: Path, blocks: list[int] | None = None, outcome: 
 
 def shards(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,6 +92,20 @@ def test_loads_in_the_dtype_transformers_would(tmp_path: Path, family: str) -> N
         for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b), name
         assert torch.equal(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_cast_as_loading_would(tmp_path: Path, family: str) -> None:
+    """Rotary tables and the corrections of a router stay exact, for a while (`running_as`) and for good (`cast`)."""
+    toy_model(toy_config(default_config(family))).save_pretrained(tmp_path)
+    model, want = load(tmp_path, torch.float32), tensors(load(tmp_path, torch.bfloat16))
+    before = tensors(model)
+    assert {value.dtype for value in want.values()} == {torch.float32, torch.bfloat16}
+    with running_as(model, torch.bfloat16):
+        assert same(tensors(model), want)
+    assert same(tensors(model), before)
+    cast(model, torch.bfloat16)
+    assert same(tensors(model), want)
 
 
 def test_tied_stays_tied(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_toys import logits, make, reference
+from checkpoint_toys import CONFIGS, logits, make, reference
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from secateur.anatomy import anatomy_of
@@ -115,6 +116,28 @@ def test_cut_twice(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "two")), logits(again))
 
 
+def test_sizes_per_layer_beside_a_nested_text_config(tmp_path: Path) -> None:
+    """Transformers' schema has no place for them; ours is enough, and plain loading refuses."""
+    eyes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8)
+    text = CONFIGS["gemma3"]().to_dict()
+    config = Gemma3Config(text_config=text, vision_config=eyes | {"patch_size": 4}, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    written(model, tmp_path, keeps_of(model, "ffn", True))
+    assert "per_layer_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        reference(tmp_path, "gemma3")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+def test_cut_twice_under_two_names(tmp_path: Path, family: str) -> None:
+    """Where every query head has keys of its own, head and kv_group are the same units."""
+    pruned(tmp_path / "one", family, "head", True)
+    again = load(tmp_path / "one")
+    written(again, tmp_path / "two", keeps_of(again, "kv_group", True), Store.open(resolve(tmp_path / "one")))
+    assert torch.equal(logits(load(tmp_path / "two")), logits(again))
+
+
 def test_layers_dropped_from_a_ragged_model(tmp_path: Path) -> None:
     """Sizes follow their layers to the new numbers."""
     model = pruned(tmp_path / "one", "llama", "ffn", True)
@@ -170,3 +193,15 @@ def test_a_spoilt_record_is_refused(tmp_path: Path, says: str, change: Any) -> N
     (tmp_path / "out" / "secateur.json").write_text(json.dumps(record))
     with pytest.raises(SecateurError, match=says):
         load(tmp_path / "out")
+
+
+def test_layers_of_as_many_sizes_as_there_are_layers_can_still_be_cut(tmp_path: Path) -> None:
+    """Sizes that all differ are no numbers of layers."""
+    model = make("llama")
+    blocks = anatomy_of(describe_skeleton(model)).blocks
+    keeps = {b.name: {"ffn": torch.arange(b.spaces["ffn"].size) >= 2 * b.index + 1} for b in blocks}
+    keeps = {name: {"ffn": own["ffn"].reshape(blocks[0].spaces["ffn"].shape)} for name, own in keeps.items()}
+    loaded = load(written(model, tmp_path / "out", keeps))
+    sizes = [layer.mlp.down_proj.in_features for layer in loaded.model.layers]
+    assert len(set(sizes)) == len(sizes) > 2
+    assert "layer" in anatomy_of(describe_skeleton(loaded)).spaces()

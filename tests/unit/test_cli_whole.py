@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import secateur
 from secateur import cli
+from secateur.engine.text import documents
 from whole_toys import VOCABULARY, write_model, write_text
 
 Run = Callable[..., tuple[int, Any, str]]
@@ -192,6 +195,31 @@ def test_a_tokenizer_with_more_ids_than_the_model(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"{VOCABULARY // 2} embeddings" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "text.txt"]
+
+
+def test_calibration_text_that_is_test_text_is_refused_where_it_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
+) -> None:
+    """Characters are tokens here, so that other text is other tokens."""
+    model = write_model(tmp_path / "m")
+    letters = dict.fromkeys(["<pad>", "<bos>", "<eos>", *string.ascii_letters, " ", ".", ",", "'"])
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, [], unk_token="<pad>"))
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>").save_pretrained(model)
+    for name, half in (("test", "test"), ("other", "calibration")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(documents("builtin", half))[:2000])
+    capsys.readouterr()  # of saving the model
+    words = ["--space", "weight", "--score", "wanda", "--sparsity", 0.5, "--samples", 8, "--length", 64]
+
+    def call(verb: str, text: str, *more: object) -> tuple[int, Any, str]:
+        return run(verb, model, "-o", tmp_path / "o", *words, "--text", tmp_path / text, *more)
+
+    code, out, err = call("prune", "test.txt")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "are calibration text too" in err and "test.txt and the builtin test text" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "other.txt", "test.txt"]
+    assert call("prune", "test.txt", "--no-measure")[0] == 0
+    assert call("plan", "test.txt", "--overwrite")[0] == 2  # checked as for a run
+    assert call("plan", "other.txt", "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize("content", ["def", "raise RuntimeError('at home')", "1 / 0", "class Mine(int, str): pass"])

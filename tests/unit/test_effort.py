@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +73,27 @@ def test_where_counts_are_fixed_nothing_is_read_to_allocate_them() -> None:
         free, fixed = (parts_of(Step("weight", effort=effort, **w)) for w in ({"sparsity": 0.6}, {"grain": "2:4"}))
         assert Fisher in free.needs and Fisher in free.survey_needs
         assert Fisher not in fixed.needs and not fixed.survey_needs
+
+
+FREE = {"method": "alps:rows=root", "budget": "rate_distortion"}
+FIXED = {"method": "alps"}
+SHORT, LONG = ({"repair": f"block_reconstruction:passes={n}"} for n in (4, 8))
+WRITTEN = {"fast": (FREE, FIXED), "balanced": (FREE | SHORT, FIXED | SHORT), "best": (FREE | LONG, FIXED | LONG)}
+
+
+def test_chains_are_those_that_the_guide_lists() -> None:
+    assert {effort: tuple(dict(words) for words in pair) for effort, pair in CHAINS.items()} == WRITTEN
+    guide = (Path(__file__).parents[2] / "docs/guide.md").read_text()
+    rows = re.findall(r"^`(\w+)` \| (.+?) \| (.+?) \| (\d+) passes$", guide, re.MULTILINE)
+    assert {effort: int(passes) for effort, *_, passes in rows} == PASSES
+    above = ""
+    for effort, chain, fixed, _ in rows:
+        free, other = CHAINS[effort]
+        if chain.startswith("the same"):
+            (passes,) = re.findall(r"passes=\d+", chain)
+            assert passes in fixed
+            chain = re.sub(r"passes=\d+", passes, above)
+        else:
+            assert f"`{other['method']}`" in fixed and ("the same" in fixed) == ("repair" in other)
+        assert set(re.findall("`(.+?)`", chain)) == set(free.values())
+        above = chain

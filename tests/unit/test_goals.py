@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from secateur import cliff
 from secateur.anatomy import anatomy_of
-from secateur.engine.apply import cut_layers
-from secateur.engine.host.build import describe_skeleton
+from secateur.engine.apply import cut_block, cut_layers
+from secateur.engine.host.build import default_config, describe_skeleton
 from secateur.engine.host.origin import resolve
+from secateur.engine.host.toy import toy_config
 from secateur.engine.store import Store
 from secateur.errors import SecateurError
 from secateur.goals import settled
 from secateur.inspection import inspection
+from secateur.methods.sites import unit_cost
 from secateur.stage import Conditions, Nowhere, Stage
 from secateur.step import Step
 from whole_toys import ROPE, make, tokens
@@ -112,9 +114,11 @@ def test_a_surveying_budget_may_have_a_target() -> None:
     assert now - gone <= 0.9 * now < now - gone + 2 * 96
 
 
-@pytest.mark.parametrize("kind", ["even", "uneven"])
-def test_inspect_says_how_a_model_without_some_layers_loads(kind: str, tmp_path: Path) -> None:
-    config = uneven().config if kind == "uneven" else LlamaConfig(**ROPE)
+@pytest.mark.parametrize("kind", ["even", "uneven", "by turns"])
+def test_inspect_says_whether_layers_can_be_cut(kind: str, tmp_path: Path) -> None:
+    config = LlamaConfig(**ROPE) if kind == "even" else uneven().config
+    if kind == "by turns":  # every second layer has experts: without one of them, or of the others, no config says it
+        config.mlp_only_layers, config.decoder_sparse_step = [], 2
     config.save_pretrained(tmp_path)
     rows = {row["space"]: row for row in inspection(resolve(tmp_path), False)["spaces"]}
     model = AutoModelForCausalLM.from_config(config)
@@ -124,13 +128,24 @@ def test_inspect_says_how_a_model_without_some_layers_loads(kind: str, tmp_path:
         keep[gone] = False
         cut_layers(cut, anatomy_of(describe_skeleton(cut)), keep)
         words = config.to_dict() | {"num_hidden_layers": config.num_hidden_layers - 1, "layer_types": None}
+        if kind == "uneven":
+            words["mlp_only_layers"] = [i - (i > gone) for i in config.mlp_only_layers if i != gone]
         fresh = AutoModelForCausalLM.from_config(type(config).from_dict(words))
         shapes = [{n: tuple(v.shape) for n, v in m.state_dict().items()} for m in (cut, fresh)]
         plain.append(shapes[0] == shapes[1])
-    says = {(True, True): "AutoModel", (False, True): "AutoModel or secateur.load, by which layers stay"}
-    assert rows["layer"]["loads_with"] == says[all(plain), any(plain)]
+    says = {(True, True): "mask, cut", (False, True): "mask, cut if the config can say what stays"}
+    assert all(plain) == (kind != "by turns")
+    assert (rows["layer"]["apply"], rows["layer"]["loads_with"]) == (says[all(plain), any(plain)], "AutoModel")
     mean = sum(parameters(layer) for layer in model.model.layers) / config.num_hidden_layers
     assert rows["layer"]["parameters_each"] == round(mean)
+
+
+def test_inspect_counts_the_cache_of_layers_that_have_one(tmp_path: Path) -> None:
+    config = toy_config(default_config("qwen3_next"))  # linear attention beside the ordinary
+    config.save_pretrained(tmp_path)
+    rows = {row["space"]: row for row in inspection(resolve(tmp_path), False)["spaces"]}
+    assert config.layer_types.count("full_attention") < config.num_hidden_layers
+    assert rows["kv_group"]["kv_bytes_each"] == 2 * config.head_dim * 4
 
 
 def test_a_bound_that_nothing_keeps_when_it_is_pruned_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +165,54 @@ def test_a_bound_that_nothing_keeps_when_it_is_pruned_for_real(monkeypatch: pyte
     with pytest.raises(SecateurError, match="no sparsity was found within 5%"):
         cliff.within_bound(None, None, step, 0)  # type: ignore[arg-type]
     assert tried == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("bound", "real", "tried"), [("5%", 1.0, [6]), ("5%", 1.2, [6, 5]), ("50%", 1.0, [64]), ("50%", 1.2, [64, 60, 52])]
+)
+def test_a_bound_is_met_and_not_by_more_than_needed(
+    monkeypatch: pytest.MonkeyPatch, bound: str, real: float, tried: list[int]
+) -> None:
+    """Perplexity 10 (1 + s) on the dense stream, 10 (1 + real s) for real; what broke the bound goes back by a
+    sixteenth, then by twice as much."""
+    asked = []
+
+    class Dial:
+        def perplexity(self, sparsity: Decimal) -> float:
+            return 10 * (1 + float(sparsity))
+
+        def sequential(self, sparsity: Decimal) -> float:
+            asked.append(sparsity * 128)
+            return 10 * (1 + real * float(sparsity))
+
+        def measured(self) -> dict[Decimal, float]:
+            return {}
+
+    monkeypatch.setattr(cliff, "dial_of", lambda *args: Dial())
+    step = Step("weight", score="magnitude", at_most_worse=bound)
+    found = cliff.within_bound(None, None, step, 0).step  # type: ignore[arg-type]
+    assert asked == tried and found.at_most_worse is None
+    assert found.amount is not None and found.amount.share == 1 - Decimal(tried[-1]) / 128
+
+
+@pytest.mark.parametrize(
+    ("family", "space"),
+    [
+        ("mixtral", "ffn"),
+        ("mixtral", "expert"),
+        ("gpt2", "ffn"),
+        ("gpt2", "head"),
+        ("llama", "head"),
+        ("llama", "kv_group"),
+    ],
+)
+def test_a_unit_costs_the_parameters_that_a_cut_takes(family: str, space: str) -> None:
+    model = make(family)
+    anatomy = anatomy_of(describe_skeleton(model))
+    block = anatomy.blocks[0]
+    units, module = block.spaces[space], model.get_submodule(block.name)
+    cost, before = unit_cost(block, units, module), parameters(model)
+    keep = torch.ones(units.shape, dtype=torch.bool)
+    keep[..., 0] = False
+    cut_block(module, block, {space: keep})
+    assert before - parameters(model) == cost * units.copies > 0

@@ -19,7 +19,7 @@ from secateur.engine.probes import Gram, InputNorm, PositionSquares
 from secateur.engine.walk import Activations, WalkSettings, batches_of, walk
 from secateur.measure.options import MeasureOptions
 from secateur.predict import time as predict_time
-from secateur.predict.memory import statistics
+from secateur.predict.memory import ALLOCATOR, BEHIND, WAY_BACK, WIDEST, WIDTHS, statistics
 from secateur.predict.time import CALL, OVERHEAD, TRIED, Speed
 from whole_toys import cli, make, said, tokens, write_model, write_text
 
@@ -93,6 +93,58 @@ def test_seconds_of_every_phase(ground: list[Any], capsys: pytest.CaptureFixture
     assert phases["curve"] == pytest.approx(dense + points, abs=1e-3)
     measured = 2 * ns(2 * 16 * (LAYERS * (BLOCK + ATTENTION * 10) + HEAD))
     assert phases["measurement"] == pytest.approx(measured, abs=1e-3)
+
+
+WALKED = 4 * (BLOCK + 2 * 32)  # a block in fp32, with its norms
+SEEN = 8 * (32 + 32 + 32 + 40)  # sums of squares of what q, k and v read together, o, gate with up, and down
+CHOSEN = BLOCK + 2 * 4 * 32 * 40  # booleans of a block, and scores of a matrix and their order
+TEXT = 4 * TOKENS * 32  # hidden states
+
+
+def passing(count: int) -> int:
+    """Bytes while so many tokens pass through a block."""
+    return 4 * count * (WIDEST * 40 + (WIDTHS + BEHIND) * 32)
+
+
+NEEDED = {
+    "text passes": (
+        ["--score", "wanda"],
+        {"one block": WALKED, "activations": TEXT, "statistics": SEEN, "one batch": passing(20)},
+    ),
+    "a fit": (  # inputs, and what is heard and wanted; the dense block, gradients, two moments, the values before
+        ["--score", "wanda", "--repair", "local_reconstruction:passes=1"],
+        {
+            "one block": WALKED,
+            "activations": 3 * TEXT,
+            "statistics": SEEN,
+            "scores and masks": CHOSEN,
+            "fit of a part": 5 * WALKED + passing(10),
+        },
+    ),
+    "the way back": (  # in windows; what goes into three blocks and comes out of the last
+        ["--score", "fisher"],
+        {
+            "outside the blocks": 4 * (HEAD + 32),
+            "what went into the blocks": 4 * TEXT,
+            "a block, its gradients, both in bf16": 3 * WALKED,
+            "what its way back needs": 4 * 10 * (WAY_BACK * 40 + WIDTHS * 32),
+        },
+    ),
+    "deciding": (["--score", "magnitude"], {"one block": WALKED, "scores and masks": CHOSEN, "fit of a part": 0}),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_memory_of_the_largest_phase(
+    ground: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    words, parts = NEEDED[name]
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0)))
+    assert cli(*ground, "--space", "weight", "--sparsity", "0.5", "--no-measure", *words) == 0
+    told = said(capsys)["dry_run"]
+    steady = {"libraries and tokenizer": 0, "model in memory": 0}
+    assert told["ram"] == steady | {part: round(size * ALLOCATOR) for part, size in parts.items()}
+    assert told["peak_ram"] == sum(told["ram"].values())
 
 
 SPILLED = {

@@ -10,6 +10,10 @@ import pytest
 
 import secateur
 from secateur import cli, run
+from secateur.measure.latency import LatencyOptions
+from secateur.measure.options import MeasureOptions, Subject
+from secateur.recipe import MeasureRequest
+from whole_toys import write_model, write_text
 
 WORDS: dict[str, list[str]] = {
     "inspect": ["m"],
@@ -55,3 +59,23 @@ def test_a_verb_is_a_function_that_the_command_line_calls(
     monkeypatch.setattr(run, "prune" if verb == "plan" else verb, reached)
     with pytest.raises(Called):
         cli.main([verb, *WORDS[verb]])
+
+
+def test_the_words_of_measure_become_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[list[str], MeasureOptions]] = []
+
+    def measured(subjects: list[Subject], options: MeasureOptions, *_: Any) -> tuple[list[Any], list[Any]]:
+        got.append(([s.name for s in subjects], options))
+        return [], []
+
+    monkeypatch.setattr(run, "measure_subjects", measured)
+    model, text = str(write_model(tmp_path / "m")), str(write_text(tmp_path / "t.txt"))
+    said = MeasureRequest(
+        (model, model), text, windows=3, length=7, dtype="bf16", choices=tmp_path / "c.jsonl", tasks=("piqa",),
+        latency=True, batch_size=5, device="cpu",
+    )  # fmt: skip
+    run.measure(said)
+    run.measure(MeasureRequest((model,), length=9, dtype="fp16", device="cpu"))
+    both = MeasureOptions(text, 3, 7, None, 5, "bf16", tmp_path / "c.jsonl", ("piqa",), latency=LatencyOptions())
+    alone = MeasureOptions("builtin", 64, 9, None, 4, "fp16", latency=None)
+    assert got == [([model, model], both), ([model], alone)]

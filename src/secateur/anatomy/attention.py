@@ -138,10 +138,10 @@ class Attention:
             Unfit: if one is neither.
         """
         known = {p.tensor for p in group.ports} | set(look.outputs(self.at(self.o)))
-        shared = tuple(self.at(n) for pair in self.norms for n in pair)
+        known |= {tensor for pair in self.norms for n in pair for tensor in look.outputs(self.at(n))}
         for name in look.tensors:
             inside = name.startswith(self.module + ".") if self.module else False
-            if inside and name not in known and not name.startswith(shared) and not any(w in name for w in HARMLESS):
+            if inside and name not in known and not any(w in name for w in HARMLESS):
                 raise Unfit(f"what {name} holds for each head is not known")
 
     def _kv_group(self, look: Look, h: Heads) -> Space:

@@ -40,6 +40,10 @@ MIXERS = (
     "temporal_block.linear_out",
     "temporal_block.o_proj",
 )
+UNSAID = {  # why no config says a model without some of its layers
+    "minicpm3": "its residual sums are weighted by the number of layers",
+    "hrm_text": "its config counts the layers of two stacks, each as often as it runs",
+}
 
 
 def derive(skeleton: Skeleton) -> Family | None:
@@ -57,7 +61,8 @@ def derive(skeleton: Skeleton) -> Family | None:
     known = {a.at(a.o) for a in attention}
     mixers = tuple(m for m in MIXERS if m not in known)
     known_form = bool(skeleton.tp_plan or skeleton.pp_plan)
-    layer = "" if known_form else "whether a layer that adds nothing is the identity is not known for this family"
+    guessed = "" if known_form else "whether a layer that adds nothing is the identity is not known for this family"
+    layer = UNSAID.get(skeleton.family, guessed)
     return Family(attention, (*experts, *ffn), shared, mixers, layer=layer)
 
 

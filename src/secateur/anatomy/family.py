@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from secateur.anatomy.look import Look
 from secateur.anatomy.types import Anatomy, Block, Component, ConfigRule, Matrix, Skeleton, Space
 
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
+FIRST_FIELDS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # so many are dense
 UNHEARD = ("mamba.dt_proj",)  # its weight is read by a kernel; the module itself never runs, so nothing listens there
 CROSS = ("encoder_attn.", "crossattention.", "cross_attn.")  # never run by a decoder on its own
 LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
@@ -29,6 +31,7 @@ class Family:
         mixers: modules that write to it in the place of attention or beside it (a convolution, a state space).
         alone: True if each layer has one part only, attention or feed-forward.
         layer: the reason why layers cannot be removed, or "".
+        layer_when: a condition on the config under which that reason holds; None: always.
         refused: spaces that the family does not allow, with the reason.
     """
 
@@ -38,12 +41,14 @@ class Family:
     mixers: tuple[str, ...] = ()
     alone: bool = False
     layer: str = ""
+    layer_when: Callable[[Mapping[str, object]], bool] | None = None
     refused: tuple[tuple[str, str], ...] = ()
 
 
 def build(family: Family, skeleton: Skeleton, origin: Literal["declared", "derived"]) -> Anatomy:
     """The anatomy of a skeleton by its family's description. Sizes come from the tensors."""
-    blocks, refused, reason = [], dict(family.refused), family.layer
+    holds = family.layer_when is None or family.layer_when(skeleton.config)
+    blocks, refused, reason = [], dict(family.refused), family.layer if holds else ""
     for index in range(len(skeleton.blocks)):
         look = Look(skeleton.blocks[index], skeleton.attributes[index], skeleton.modules[index], skeleton.config)
         spaces, outputs, why = _parts(family, look)
@@ -129,11 +134,15 @@ def _numbered(skeleton: Skeleton) -> str:
     """The reason why layers cannot be removed where each knows its place in the stack by more than its number."""
     count = len(skeleton.blocks)
     for name in skeleton.attributes[0]:
-        values = {attributes.get(name) for attributes in skeleton.attributes}
-        if count > 2 and len(values) == count and name.rpartition(".")[2] not in LAYER_NUMBERS:
+        module, _, own = name.rpartition(".")
+        values = [attributes.get(name) for attributes in skeleton.attributes]
+        if count > 2 and len(set(values)) == count and own not in LAYER_NUMBERS:
+            shapes = [{n for t, i in b.items() if t.startswith(module) for n in i.shape} for b in skeleton.blocks]
+            if all(value in sizes for value, sizes in zip(values, shapes, strict=True)):
+                continue  # cut to a size of its own
             return f"each layer computes with its place in the stack ({name})"
     kinds = {frozenset(n.partition(".")[0] for n, i in b.items() if i.kind != "norm") for b in skeleton.blocks}
-    if len(kinds) > 1 and not any(rule.keep_list for rule in _layer_config(skeleton).values()):
+    if len(kinds) > 1 and not any(rule.keep_list or rule.numbers for rule in _layer_config(skeleton).values()):
         return "the kind of a layer follows from its number: no list in the config says it"
     return ""
 
@@ -175,10 +184,16 @@ def _component(family: Family, module: str) -> Component:
 
 
 def _layer_config(skeleton: Skeleton) -> dict[str, ConfigRule]:
-    """Fields that count layers, and lists with one entry per layer."""
+    """Fields that count layers, lists with one entry per layer, and those that name layers by their numbers."""
     count = len(skeleton.blocks)
     rules = {n: ConfigRule() for n in LAYER_FIELDS if skeleton.config.get(n) == count}
     for name, value in skeleton.config.items():
-        if isinstance(value, list) and len(value) == count and count > 1:
+        if name in FIRST_FIELDS and isinstance(value, int) and value > 0:
+            rules[name] = ConfigRule(first=True)
+        if not isinstance(value, list) or not value or count < 2:
+            continue
+        if "layer" in name and value == [i for i in range(count) if i in value] and bool not in map(type, value):
+            rules[name] = ConfigRule(numbers=True)
+        elif len(value) == count:
             rules[name] = ConfigRule(keep_list=True)
     return rules

@@ -10,5 +10,7 @@ PERSIMMON = Family((Attention("self_attn", "query_key_value", o="dense", fused="
 BLOOM = Family(
     (Attention("self_attention", "query_key_value", o="dense", fused="groups", head_dim=False, positional=ALIBI),),
     (FFN,),
+    layer="what its layers add to comes out of a norm: a zero output is not the identity",
+    layer_when=lambda config: config.get("apply_residual_connection_post_layernorm") is True,
 )
 FAMILIES = {"gpt_neox": NEOX, "persimmon": PERSIMMON, "fuyu": PERSIMMON, "bloom": BLOOM}

@@ -11,6 +11,7 @@ OPT = Family((Attention(o="out_proj", head_dim=False),), (PLAIN,))
 # bart's kin: the norm comes after the sum, so that a layer which adds nothing still changes what passes through
 POST_NORM = "its norms come after the residual sum: a zero output is not the identity"
 BART = replace(OPT, layer=POST_NORM)
+OPT_350M = replace(BART, layer_when=lambda config: config.get("do_layer_norm_before") is False)
 WIDE = "its attention reshapes to the hidden size, whatever the number of heads"
 TROCR = Family((Attention(o="out_proj", head_dim=False, positional=WIDE),), (PLAIN,), layer=POST_NORM)
 IN_MLP = (Ffn(("mlp.fc_in",), "mlp.fc_out"),)
@@ -28,7 +29,8 @@ PHI = Family((Attention(o="dense"),), (Ffn(("mlp.fc1",), "mlp.fc2"),))
 STARCODER2 = Family((Attention(),), (Ffn(("mlp.c_fc",), "mlp.c_proj"),))
 
 FAMILIES = {
-    **dict.fromkeys(("opt", "biogpt", "xglm", "mbart", "pegasus", "bigbird_pegasus", "blenderbot", "whisper"), OPT),
+    "opt": OPT_350M,
+    **dict.fromkeys(("biogpt", "xglm", "mbart", "pegasus", "bigbird_pegasus", "blenderbot", "whisper"), OPT),
     **dict.fromkeys(("bart", "mvp", "plbart", "marian", "blenderbot-small"), BART),
     "trocr": TROCR,
     "gptj": GPTJ,

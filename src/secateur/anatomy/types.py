@@ -7,10 +7,10 @@ in memory, relative to the block (``self_attn.q_proj.weight``), never names on d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,19 @@ class ConfigRule:
     per_unit: int = 1
     keep_list: bool = False
     fixed: int | None = None  # a field that must be written out as it is (``head_dim``), whatever is kept
+    numbers: bool = False  # a list of layers by their numbers (``mlp_only_layers``): they are numbered anew
+    first: bool = False  # how many of the first layers are of another kind (``first_k_dense_replace``)
+
+    def layers(self, old: object, keep: Sequence[bool]) -> int | list[Any] | None:
+        """The value of a field that speaks of layers once some are gone; None where it does not speak of these."""
+        if isinstance(old, Sequence):
+            if self.numbers:
+                return [sum(keep[:n]) for n in old if keep[n]]
+            fits = self.keep_list and len(old) == len(keep)
+            return [v for v, k in zip(old, keep, strict=True) if k] if fits else None
+        if isinstance(old, int) and self.first:
+            return sum(keep[:old])
+        return sum(keep) if old == len(keep) and not self.keep_list else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ model such mappings lie under the blocks' names, and layers under ``model``: ``{
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -306,14 +306,8 @@ def cut_layers(model: nn.Module, anatomy: Anatomy, keep: Tensor) -> None:
 
 def _layer_fields(config: Any, layer: Space, keep: Tensor) -> dict[str, Any]:
     """New values of the config fields that count or list layers."""
-    out: dict[str, Any] = {}
-    for name, rule in layer.config.items():
-        old = getattr(config, name, None)
-        if rule.keep_list and isinstance(old, Sequence) and len(old) == len(keep):
-            out[name] = [v for v, k in zip(old, keep.tolist(), strict=True) if k]
-        elif not rule.keep_list and old == len(keep):
-            out[name] = int(keep.sum())
-    return out
+    found = {name: rule.layers(getattr(config, name, None), keep.tolist()) for name, rule in layer.config.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,6 +96,36 @@ def check(config: Any, spaces: tuple[str, ...] | None = None, anatomy: Anatomy |
         except BROKEN as error:
             proved[name], reasons[name] = False, f"the cut model does not run ({_first(error)})"
     return CheckResult(proved, reasons, anatomy.origin, plain)
+
+
+def refuse_unproved(config: Any, space: str) -> None:
+    """Refuse to prune units that are not proved; the proof is made once in a process.
+
+    Raises:
+        SecateurError: mask and cut differ on a toy copy of the config, or there is none.
+    """
+    reason = _refutation(_Asked(type(config), config.to_json_string(use_diff=False), space, config))
+    if reason is not None:
+        raise SecateurError(
+            f"units of {config.model_type} models are not proved to be what they are taken for: {reason}",
+            received=f"--space {space}",
+            works="a space that secateur inspect MODEL --check proves, or weight",
+        )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A config and a space, equal to all that say the same."""
+
+    kind: type
+    words: str
+    space: str
+    config: Any = field(compare=False)
+
+
+@cache
+def _refutation(asked: _Asked) -> str | None:
+    return check(asked.config, (asked.space,)).reasons.get(asked.space)
 
 
 def _covered(whole: Anatomy, toy: Anatomy, name: str) -> None:
@@ -253,6 +284,8 @@ def _compare(subject: _Subject, keeps: Mapping[str, Mapping[str, Tensor]], what:
         if not error < TOLERANCE:
             raise Refuted(f"{what}: with the KV cache the cut model's logits differ by {error:.1e}")
     change = updated_config(subject.model.config, subject.anatomy, keeps)
+    if "model" in keeps and not change.uniform:
+        raise Refuted(f"{what}: {change.reason}")
     error = _error(_logits(_reloaded(subject, smaller, change, keeps), subject.text), b)
     if not error < TOLERANCE:
         raise Refuted(f"{what}: the reloaded model's logits differ by {error:.1e}")

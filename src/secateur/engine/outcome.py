@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from secateur.anatomy.types import Anatomy
-from secateur.engine.apply import ConfigChange
+from secateur.engine.apply import ConfigChange, updated_config
+from secateur.errors import SecateurError
 
 Sizes = Mapping[str, Mapping[str, int]]
 
@@ -32,6 +35,22 @@ class Outcome:
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
 
 
+def check_layers(config: Any, anatomy: Anatomy, keep: Tensor) -> None:
+    """Refuse a cut of layers that no config says: it would load as another model, or not at all.
+
+    Args:
+        config: the model's before the cut.
+        keep: bool [layers].
+    """
+    reason = updated_config(config, anatomy, {"model": {"layer": keep}}).reason
+    if reason:
+        raise SecateurError(
+            f"{anatomy.family} cannot be written without these layers: {reason}",
+            received=f"without layers {', '.join(str(int(i)) for i in (~keep).nonzero())}",
+            works="--apply mask, or other layers (--keep, --protect, --score)",
+        )
+
+
 def outcome_of(
     anatomy: Anatomy,
     change: ConfigChange,
@@ -50,8 +69,12 @@ def outcome_of(
     """
     sizes = {name: dict(spaces) for name, spaces in (before or {}).items()}
     if not change.uniform:
+        by_name = {block.name: block.spaces for block in anatomy.blocks}
         for name, spaces in change.sizes.items():
-            sizes[name] = {**sizes.get(name, {}), **spaces}
+            ports = {space: found.ports for space, found in by_name[name].items()}
+            # where every query head has keys of its own, head and kv_group are one space under two names
+            same = {other: spaces[s] for s in spaces for other in sizes.get(name, ()) if ports.get(other) == ports[s]}
+            sizes[name] = {**sizes.get(name, {}), **same, **spaces}
     stay = change.layers if change.layers is not None else tuple(range(len(anatomy.blocks)))
     renamed: dict[str, dict[str, int]] = {}
     per_layer: dict[int, dict[str, Any]] = {}

@@ -25,6 +25,7 @@ from secateur.engine.distribute import World
 from secateur.engine.ear import Ear, Enough
 from secateur.engine.heap import give_back
 from secateur.engine.host.capture import Call, capture, hidden_of, move_call, run_block
+from secateur.engine.host.convert import kept_wide
 from secateur.engine.probes import Evidence, LocalGradient, Probe
 from secateur.errors import SecateurError
 
@@ -231,10 +232,11 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def running_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The module's floating point parameters and buffers in ``dtype`` for a while; the originals come back."""
+    """A model in ``dtype`` for a while, as `convert.cast` would have it; the originals come back."""
     kept: list[tuple[Tensor, Tensor]] = []
-    for t in [*module.parameters(), *module.buffers()]:
-        if t.is_floating_point() and t.dtype != dtype and t.device.type != "meta":
+    wide = kept_wide(module, dtype)
+    for name, t in module.state_dict(keep_vars=True).items():  # without tables, which are not rounded
+        if t.is_floating_point() and t.dtype != dtype and t.device.type != "meta" and not wide(name):
             kept.append((t, t.data))
             t.data = t.data.to(dtype)
     try:

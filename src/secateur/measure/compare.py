@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.host.convert import cast
 from secateur.engine.text import documents, pack, test_windows
 from secateur.errors import SecateurError
 from secateur.measure import divergence, perplexity
@@ -117,7 +118,8 @@ def _opened(subject: Subject, options: MeasureOptions) -> Iterator[_Guest]:
     model = subject.model if isinstance(subject.model, nn.Module) else subject.model()
     dtype = DTYPES[options.dtype] if options.dtype else None
     if dtype is not None and any(p.is_floating_point() and p.dtype != dtype for p in model.parameters()):
-        model = (copy.deepcopy(model) if given else model).to(dtype)  # casting back would not restore the weights
+        model = copy.deepcopy(model) if given else model  # casting back would not restore the weights
+        cast(model, dtype)
     training = model.training
     model.eval()
     try:

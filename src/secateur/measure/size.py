@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.engine.decode import accepted
+from secateur.engine.headers import read_headers, read_index
+from secateur.engine.packed_files import INDEX as PACKED_INDEX
+from secateur.errors import SecateurError
 from secateur.measure.types import Size
 from secateur.sparse.linear import PackedLinear
 
@@ -69,10 +72,16 @@ def stored_bytes(model: nn.Module, path: Path | None) -> int:
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of a weight file, or of the weight files in a directory."""
+    """Bytes of a weight file, or of the files of a directory that hold the model; hubs often have the same weights
+    beside them in another format. Where no safetensors are read, all weight files count."""
     if path.is_file():
         return path.stat().st_size
-    return sum(f.stat().st_size for f in path.iterdir() if f.suffix in WEIGHT_FILES and f.name != "plan.safetensors")
+    try:
+        entries = read_index(path / PACKED_INDEX)[0] if (path / PACKED_INDEX).is_file() else read_headers(path)
+        files = {entry.file for entry in entries.values()}
+    except SecateurError:
+        files = {f for f in path.iterdir() if f.suffix in WEIGHT_FILES and f.name != "plan.safetensors"}
+    return sum(f.stat().st_size for f in files)
 
 
 def linear_macs(model: nn.Module) -> int:

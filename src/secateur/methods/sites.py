@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.anatomy.types import Anatomy, Block, Matrix, Space
+from secateur.engine.apply import get_tensor
 from secateur.engine.distribute import seeded
 from secateur.engine.ear import site_name
 from secateur.engine.probes import Evidence, Probe
@@ -58,13 +59,13 @@ def weight_infos(
 
 
 def unit_cost(block: Block, space: Space, module: nn.Module) -> float:
-    """Parameters of one unit of a space of this block: entries of its ports over all tensors."""
+    """Parameters of one unit of a space of this block: entries of its ports over all tensors (a buffer is none)."""
     total = 0.0
     for port in space.ports:
-        shape = module.get_parameter(port.tensor).shape
-        if port.role != "norm":
+        tensor = get_tensor(module, port.tensor)
+        if port.role != "norm" and isinstance(tensor, nn.Parameter):
             rest = 1
-            for axis, n in enumerate(shape):
+            for axis, n in enumerate(tensor.shape):
                 if axis not in (port.axis, port.copy_axis):
                     rest *= n
             total += port.width * rest
@@ -127,7 +128,7 @@ def unit_site(visit: Visit, space: Space, blocks: int, seed: int) -> UnitSite:
     return UnitSite(
         name=visit.block.name,
         space=space,
-        tensors={t: visit.module.get_parameter(t).data for t in sorted(touched)},
+        tensors={t: get_tensor(visit.module, t).data for t in sorted(touched)},
         matrices=matrices,
         evidence={n: visit.evidence.get(n, Evidence(n, empty)) for n in names},
         block_evidence=visit.block_evidence,

@@ -114,11 +114,12 @@ def loading(report: Report) -> Markup | None:
     """How to load the result, and with what."""
     if any(step.apply == "plan" for step in report.steps):
         return None
-    said = (
-        "The layers have sizes of their own, which Transformers' loaders cannot rebuild yet; Secateur can."
-        if report.loader == "secateur.load"
-        else "An ordinary checkpoint: plain Transformers is enough."
-    )
+    if report.recipe.get("pack"):
+        said = "The weights are packed, which Transformers' loaders cannot read; Secateur runs them as they are."
+    elif report.loader == "secateur.load":
+        said = "The layers have sizes of their own, which Transformers' loaders cannot rebuild yet; Secateur can."
+    else:
+        said = "An ordinary checkpoint: plain Transformers is enough."
     return el(
         "section",
         None,

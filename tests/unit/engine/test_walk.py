@@ -190,6 +190,19 @@ def _check_experts(
     return len(reads)
 
 
+@pytest.mark.parametrize(("width", "tile"), [(13, 5), (400, None)])
+def test_inputs_wider_than_a_tile_are_multiplied_out_too(
+    monkeypatch: pytest.MonkeyPatch, width: int, tile: int | None
+) -> None:
+    if tile is not None:
+        monkeypatch.setattr(Gram, "tile", tile)
+    assert Gram.tile < width
+    x, probe = torch.randn(9, width, generator=torch.Generator().manual_seed(0)), Gram()
+    for part in x.split(5):
+        probe.update(part)
+    torch.testing.assert_close(probe.gram.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-4)
+
+
 def test_matrices_that_read_the_same_share_one_statistic() -> None:
     evidence, _ = gather(make("llama"), [tokens()], needs=(Gram, PositionSquares, Contribution))
     block = "model.layers.1"

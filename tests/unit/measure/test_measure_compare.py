@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import sys
 import weakref
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from measure_toys import bert, divergence, llama
 from torch import nn
 
+from secateur import Recipe, Step, prune
 from secateur.engine.text import documents, pack, test_windows
 from secateur.errors import SecateurError
 from secateur.measure import LatencyOptions, MeasureOptions, Subject, measure
@@ -106,6 +109,19 @@ def test_the_callers_model_stays_as_it_was(tokenizer: Any) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_nothing_pruned_is_no_difference(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides of what a run measures at its end are loaded alike, rotary tables included."""
+    monkeypatch.setattr(MeasureOptions, "short", lambda: MeasureOptions(windows=2, length=64, prompts=()))
+    llama().bfloat16().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    step = Step("ffn", score="magnitude", keep="1.0")
+    prune(Recipe(str(tmp_path / "dense"), steps=(step,)), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["measurements"][1]["size"]["dtype"] == "bfloat16"
+    assert found["measurements"][1]["divergence"]["kl"] == 0
+    assert found["comparison"]["perplexity_ratio"]["value"] == 1
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_runs_on_the_cpu_and_is_near(tokenizer: Any, dtype: Any) -> None:
     whole, half = (
@@ -186,3 +202,39 @@ def test_the_harness_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         tasks(llama(), None, ["piqa"])
     raw = {"piqa": {"alias": "piqa", "acc,none": 0.5, "acc_norm,none": 1, "em,strict": 0.25, "sample_len": 3}}
     assert flatten(raw) == {"piqa/acc": 0.5, "piqa/acc_norm": 1.0, "piqa/em@strict": 0.25}
+
+
+def test_the_harness_gets_the_model_and_the_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: dict[str, Any] = {}
+
+    class Manager:
+        all_tasks = ("piqa", "boolq")
+
+    class Host:
+        def __init__(self, **words: Any) -> None:
+            told["host"] = words
+
+    def evaluate(**words: Any) -> dict[str, Any]:
+        told["run"] = words
+        sys.stdout.write("what the harness says")
+        return {"results": {"piqa": {"alias": "piqa", "acc,none": 0.5}}}
+
+    for name, parts in {
+        "lm_eval": {"simple_evaluate": evaluate},
+        "lm_eval.tasks": {"TaskManager": Manager},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": Host},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+    model, tokenizer = nn.Linear(1, 1), object()
+    assert tasks(model, tokenizer, ("piqa",), limit=5, batch_size=3) == {"piqa/acc": 0.5}
+    assert told["host"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 3}
+    assert isinstance(told["run"].pop("model"), Host) and isinstance(told["run"].pop("task_manager"), Manager)
+    assert told["run"] == {"tasks": ["piqa"], "limit": 5}
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SecateurError, match=r"no such lm-eval task.*received: 'nosuch'"):
+        tasks(model, tokenizer, ("piqa", "nosuch"))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from secateur import pack
 from secateur.measure.size import observe, size, stored_bytes
 
 # hidden 32, four heads of 8, two KV heads, two layers
@@ -150,3 +151,20 @@ def test_bytes_are_those_of_the_weight_files(tmp_path: Path) -> None:
     assert stored_bytes(model, tmp_path / "plan.safetensors") == 4
     (tmp_path / "empty").mkdir()
     assert stored_bytes(model, tmp_path / "empty") == stored_bytes(model, None)
+
+
+def test_the_same_weights_in_another_format_do_not_count(tmp_path: Path) -> None:
+    model = llama()
+    for folder, most in (("one", "1GB"), ("shards", "40KB")):
+        model.save_pretrained(tmp_path / folder, max_shard_size=most)
+        on_disk = sum(f.stat().st_size for f in (tmp_path / folder).glob("*.safetensors"))
+        for name in ("consolidated.safetensors", "pytorch_model.bin"):
+            (tmp_path / folder / name).write_bytes(b"1234")
+        assert stored_bytes(model, tmp_path / folder) == on_disk
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    (tmp_path / "one" / "model.safetensors").unlink()
+    assert stored_bytes(model, tmp_path / "one") == 8  # not ours to read: all that look like weights
+    pack(tmp_path / "shards", tmp_path / "packed", "fp32")
+    on_disk = sum(f.stat().st_size for f in (tmp_path / "packed").glob("*.safetensors"))
+    (tmp_path / "packed" / "consolidated.safetensors").write_bytes(b"1234")
+    assert stored_bytes(model, tmp_path / "packed") == on_disk

@@ -9,6 +9,7 @@ from layer_toys import case, heard, site
 
 from secateur.errors import SecateurError
 from secateur.methods.grains import Columns, Grain, Matrix, NofM, Row, Tile
+from secateur.methods.joint import METHODS
 from secateur.methods.joint.dsnot import DSnoT
 from secateur.methods.scores import SCORES
 
@@ -61,6 +62,19 @@ def test_equals_the_literal_algorithm(grain: Grain, count: int, m: int, start: s
     assert np.array_equal(got.mask.numpy(), expected)
     assert int((got.mask ^ first).sum()) > 5
     assert got.weight is None
+
+
+@pytest.mark.parametrize("start", ["sparsegpt", "obs", "admm", "alps"])
+def test_a_joint_method_gives_the_first_mask_and_no_values(start: str) -> None:
+    """Errors are those of the weights as they are, not of what the other method made of them."""
+    w, x = case(20, 32, seed=1)
+    x, grain = x + torch.linspace(1, 0.02, 32), Columns(32)  # means that matter; one block is a row
+    seen = heard(x)
+    first = METHODS[start](grain=grain).prune(site(w), seen, 320).mask  # type: ignore[call-arg]
+    got = DSnoT(grain, start=start, threshold=0.05 * 2048).prune(site(w), seen, 320)
+    expected = literal(w.double().numpy(), x.double().numpy(), first.numpy(), 50, 0.05)
+    assert np.array_equal(got.mask.numpy(), expected)
+    assert int((got.mask ^ first).sum()) > 5 and got.weight is None
 
 
 def test_the_expected_error_shrinks_and_counts_stay() -> None:

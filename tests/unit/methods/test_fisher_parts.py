@@ -13,6 +13,7 @@ from secateur.engine.probes import Evidence, Fisher, Gram
 from secateur.errors import SecateurError
 from secateur.methods.grains import Matrix
 from secateur.methods.joint import METHODS
+from secateur.methods.joint.layer import row_scale
 from secateur.methods.scores.fisher import FisherScore
 
 WITH_ROWS = ("alps", "admm", "sparsegpt")
@@ -119,6 +120,19 @@ def test_equal_rows_change_nothing(name: str) -> None:
         site(w), Evidence("w", {**seen, Fisher: told(torch.full((6,), 3.0), torch.ones(12))}), 36
     )
     assert torch.equal(plain.mask, same.mask) and torch.allclose(plain.weight, same.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WITH_ROWS)
+@pytest.mark.parametrize("way", ["fisher", "root"])
+def test_a_row_that_no_loss_hears_counts_a_little(name: str, way: str) -> None:
+    """Weights are divided by what rows were multiplied by, which must not be 0."""
+    w, x = case(6, 12)
+    rows = torch.tensor([1.0, 2.0, 0.0, 3.0, 1.0, 2.0])
+    seen = Evidence("w", {**dict(heard(x).items()), Fisher: told(rows.sqrt(), torch.ones(12))})
+    assert float(row_scale(seen, way)[2]) == pytest.approx(1e-4 ** {"fisher": 0.5, "root": 0.25}[way])
+    make: Any = METHODS[name]
+    keep = make(grain=Matrix(), rows=way).prune(site(w), seen, 36)
+    assert int(keep.mask.sum()) == 36 and bool(torch.isfinite(keep.weight).all())
 
 
 def test_an_expert_that_nothing_reaches_counts_rows_alike() -> None:

@@ -205,6 +205,19 @@ def test_local_reconstruction_lowers_the_error_and_keeps_zeros() -> None:
         assert not torch.equal(w, old[name]) and w.grad is None and not w.requires_grad
 
 
+@pytest.mark.parametrize(("windows", "steps"), [(1, 1.0), (2, 1.5)])
+def test_steps_are_a_share_of_the_survivors_and_decay(windows: int, steps: float) -> None:
+    """Far from a target in one direction every step of Adam is as long as its rate; the second of two has half."""
+    g = torch.Generator().manual_seed(0)
+    keep = torch.rand(4, 6, generator=g) < 0.5
+    w = 1e-3 * torch.randn(4, 6, generator=g).masked_fill(~keep, 0)
+    old, far = w.clone(), torch.ones(1, 1, 24)
+    part = Part("p", {"w": w}, {"w": keep}, windows, lambda i: w.reshape(1, 1, 24), lambda i: far, g)
+    LocalReconstruction(passes=1, rate=0.02, products="walk").fit(part)
+    want = steps * 0.02 * float(old[keep].double().square().mean().sqrt())
+    torch.testing.assert_close((w - old)[keep], torch.full((int(keep.sum()),), want), rtol=1e-3, atol=0)
+
+
 def test_a_fit_that_ends_worse_is_undone() -> None:
     """Nearly right weights and long steps."""
     part, _ = two_layers(seed=1)

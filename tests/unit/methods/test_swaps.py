@@ -95,12 +95,15 @@ def test_rows_that_keep_all_or_nothing_stay() -> None:
     assert torch.equal(improve(w, x.T @ x, mask, 4, 5), mask)
 
 
-@pytest.mark.parametrize("start", ["wanda", "sparsegpt", "obs", "admm", "alps"])
-def test_refit_is_least_squares_on_the_mask_from_any_start(start: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "damping"), [("wanda", 0.01), ("sparsegpt", 0.01), ("obs", 0.01), ("admm", 0.01), ("alps", 0.01),
+                           ("wanda", 0.3)]
+)  # fmt: skip
+def test_refit_is_least_squares_on_the_mask_from_any_start(start: str, damping: float) -> None:
     w, x = case(8, 24, seed=5)
-    got = SparseSwaps(Columns(24), start=start, refit=True).prune(site(w), heard(x), 96)
+    got = SparseSwaps(Columns(24), start=start, refit=True, damping=damping).prune(site(w), heard(x), 96)
     gram = x.double().T @ x.double()
-    best = masked_least_squares(gram, gram @ w.double().T, got.mask, 0.01, w.double())
+    best = masked_least_squares(gram, gram @ w.double().T, got.mask, damping, w.double())
     torch.testing.assert_close(got.weight.double(), best, atol=2e-3, rtol=1e-2)
     assert error(w, got.weight, x) < error(w, w * got.mask, x)
     assert int(got.mask.sum()) == 96

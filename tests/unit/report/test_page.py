@@ -109,6 +109,14 @@ def test_the_numbers_are_there(masked: Report, cut: Report) -> None:
     assert "A quarter of the FFN neurons are gone." in Tags(page(cut)).text
 
 
+def test_the_loader_is_explained(masked: Report, cut: Report) -> None:
+    assert "plain Transformers is enough" in Tags(page(cut)).text
+    assert "sizes of their own" in Tags(page(dataclasses.replace(cut, loader="secateur.load"))).text
+    packed = dataclasses.replace(masked, loader="secateur.load", recipe=masked.recipe | {"pack": "bf16"})
+    text = Tags(page(packed)).text
+    assert "weights are packed" in text and "sizes of their own" not in text
+
+
 def test_every_layer_has_its_tip(masked: Report) -> None:
     titles = Tags(page(masked)).words["title"]
     for block in range(30):

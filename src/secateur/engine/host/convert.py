@@ -184,6 +184,17 @@ def kept_wide(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
     return lambda name: pattern.search(name) is not None
 
 
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """Give a model another dtype, as loading it so does: tables that no file holds (rotary frequencies) and what the
+    architecture keeps in fp32 are not rounded, which ``model.to`` would do."""
+    wide = kept_wide(model, dtype)
+    tables = dict(model.named_non_persistent_buffers())
+    kept = {name: t.float() for name, t in model.state_dict().items() if wide(name)}
+    model.to(dtype)
+    for name, value in (tables | kept).items():
+        set_tensor(model, name, value)
+
+
 def _try(group: Group, model: Any, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:
     def ghost(name: str) -> Tensor:
         dtype, shape = entries[name]
