@@ -25,7 +25,7 @@ Prune a model and write a checkpoint that loads, with a report of what it cost.
     secateur prune smollm2 -o out/2of4 --space weight --score wanda --grain 2:4
   the same, and what stays takes over what went:
     secateur prune smollm2 -o out/2of4-mended --space weight --score wanda --grain 2:4 --repair least_squares
-  the best weights to keep that we know, in at most 12 dense passes over the text:
+  the best weights to keep that we know, in about 12 dense passes over the text:
     secateur prune smollm2 -o out/best --space weight --sparsity 0.6 --effort balanced
   three quarters of the FFN neurons, really cut:
     secateur prune smollm2 -o out/slim --space ffn --score wanda --keep 0.75
