@@ -31,9 +31,6 @@ OPTIONS = {
     "rows=root": "rows weighed by the root of their Fisher information", "rows=fisher": "rows by Fisher information",
     "polish=0": "as published",
 }  # fmt: skip
-AIMS = {
-    "mix": " aiming a quarter of the way to the dense stream", "mix:share=1": " aiming at the dense stream",
-}  # fmt: skip
 TILES = " grain=tile:16x16"
 HEAD = """# Weights without training, measured
 
@@ -102,7 +99,7 @@ def said(key: str) -> str:
     way, _, options = way.partition(":")
     parts = [NAMES[way] + (f" ({OPTIONS.get(options, options.replace('=', ' '))})" if options else "")]
     if fit := words.pop("fit_on", ""):
-        parts[0] += AIMS.get(fit, f" fitted on {fit}")
+        parts[0] += f" fitted on {fit}"
     if (budget := words.pop("budget", "uniform")) != "uniform":
         parts.append(f"budget `{budget}`")
     if repair := words.pop("repair", ""):

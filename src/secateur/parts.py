@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from secateur.engine.host.own_code import BROKEN
 from secateur.engine.probes import Gram, Probe, paired
 from secateur.errors import SecateurError, unknown
 from secateur.methods.base import Budget, MatrixRepair, Method, PartRepair, Repair, Score, UnitScore
@@ -22,12 +23,6 @@ from secateur.methods.repairs import REPAIRS
 from secateur.methods.scores import SCORES
 from secateur.step import Step
 from secateur.words import Choice
-
-BROKEN = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
-    SyntaxError, TypeError, ValueError,
-)  # fmt: skip
-"""What importing a stranger's module raises."""
 
 
 @dataclass(frozen=True)
