@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_files import UP, config, header, index, pickled, text, truncated, weights
 
+import secateur.run  # noqa: F401 (before the spies, which what it imports would keep)
 from secateur import cli
 from secateur.engine import reading
 from secateur.engine.host import build
