@@ -1,6 +1,7 @@
 #!/bin/sh
-# What choice, repair and allocation bring, and what seed and text of the calibration change: SmolLM2 at 60 %, a quarter
-# of the protocol (16 x 1,024 calibration tokens, 16 test windows, bf16 forwards). Rows that OUT has already are left.
+# What choice, repair and allocation bring, what seed and text of the calibration change (SmolLM2 at 60 %), and what
+# tiles of 16 x 16 cost (10 %): a quarter of the protocol (16 x 1,024 calibration tokens, 16 test windows, bf16
+# forwards). Rows that OUT has already are left.
 #
 #     [THREADS=2] sh benchmarks/ablation.sh C4.jsonl WIKITEXT.txt [OUT]
 set -eu
@@ -52,3 +53,12 @@ for way in "alps:rows=root 60% budget=rate_distortion" "sparsegpt:polish=0 60%" 
     done
 done
 run sensitivity.json "$@"
+set --
+way="10% grain=tile:16x16"
+for score in magnitude output_error taylor_block fisher; do
+    set -- "$@" "$score $way bf16"
+done
+for budget in atp rate_distortion; do
+    set -- "$@" "fisher 10% budget=$budget grain=tile:16x16 bf16"
+done
+run tiles.json "$@" "fisher $way repair=block_reconstruction bf16"

@@ -66,15 +66,12 @@ PLAIN = ("magnitude", "wanda", "ria", "wanda+ls", "sparsegpt", "admm", "alps", "
 MORE = [
     *(f"{way} 4:8" for way in ("wanda", "sparsegpt", "alps")),
     chained(CHAINS["balanced"][1], "4:8"),
-    *(f"{way} 10% grain=tile:16x16" for way in ("magnitude", "output_error", "taylor_block", "fisher")),
-    "fisher 10% budget=rate_distortion grain=tile:16x16",
-    "fisher 20% grain=tile:16x16 repair=block_reconstruction:passes=4",
 ]
 KL_WINDOWS, ITEMS = 16, 500
 
 
 def every_row() -> list[str]:
-    """Every plain way and every effort at every level, then n:m of eights and tiles."""
+    """Every plain way and every effort at every level, then n:m of eights; tiles are `ablation.sh`'s."""
     rows = [f"{way} {level}" for way in PLAIN for level in LEVELS]
     for free, fixed in CHAINS.values():
         rows += [chained(fixed if ":" in level else free, level) for level in LEVELS]

@@ -189,6 +189,7 @@ class _Run:
         reads = any(needs_text(p, s) for p, s in zip(all_parts, self.steps, strict=True)) and self._text_wanted
         if reads and self.recipe.text.source != "self":
             self._windows  # noqa: B018 (text errors belong before the work)
+        self._check_measurable()
         self._prove()
         self.forecast = predict(self, first)
         if self.how.dry_run:
@@ -215,6 +216,15 @@ class _Run:
                 remove(work)
             self.world.wait()
         return result
+
+    def _check_measurable(self) -> None:
+        """Refuse a tokenizer of another model before the work, also where only the measurement reads text."""
+        if self.recipe.measure and self.how.measure and not self.how.only_plan and self.tokenizer is not None:
+            self._check_ids(packed_text(self.tokenizer, documents("builtin", "test")))
+
+    def _check_ids(self, ids: Tensor) -> None:
+        embeddings: Any = self.store.skeleton().get_input_embeddings()  # type: ignore[operator]
+        check_ids(ids, embeddings.weight.shape[0])
 
     def _prove(self) -> None:
         """Refuse units that are not what the anatomy says; of layers the config says later which may go."""
@@ -458,8 +468,7 @@ class _Run:
             windows = self_text(_loaded(self.store, self.device), tokenizer, text)
         else:
             windows = calibration(text, tokenizer)
-            embeddings: Any = self.store.skeleton().get_input_embeddings()  # type: ignore[operator]
-            check_ids(windows, embeddings.weight.shape[0])
+            self._check_ids(windows)
         if self.recipe.measure and self.how.measure and text.source not in ("self", "builtin"):
             options = self.measure_options()
             test = test_windows(packed_text(tokenizer, documents("builtin", "test")), options.windows, options.length)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_toys import CONFIGS, logits, make, reference
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -296,3 +298,24 @@ def test_publish_never_loses_what_was_there(tmp_path: Path, monkeypatch: pytest.
     publish(ready, out, overwrite=True)
     assert not (out / "mine").exists() and (out / "model.safetensors").read_bytes() == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "work"]
+
+
+def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("llama").save_pretrained(tmp_path / "hub")
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "modeling_own.py", "tokenizer.model"):
+        (tmp_path / "hub" / name).write_bytes(b"")
+
+    def fetched(repository: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert (repository, revision) == ("some-org/some-model", "v2")
+        names = [path.name for path in (tmp_path / "hub").iterdir()]
+        (tmp_path / "cache").mkdir()
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(tmp_path / "hub" / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    origin = resolve("some-org/some-model", "v2")
+    assert {p.name for p in origin.path.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model"
+    }  # fmt: skip
+    assert same(tensors(load(origin.path)), tensors(reference(tmp_path / "hub", "llama")))

@@ -47,6 +47,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+LEFT_THERE = "consolidated*"  # the same weights again, in their authors' own layout
 MOST_LAYERS = 10_000
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "num_attention_heads", "n_head", "vocab_size")
@@ -339,7 +340,9 @@ def _fetch(repository: str, revision: str | None, code: bool) -> Path:
     )  # its base class is the HTTP library's own
     patterns = [*FETCHED, *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=[LEFT_THERE])
+        )
     except unreachable as error:
         raise SecateurError(
             "no such directory or file, and the hub does not answer with such a model",
