@@ -346,13 +346,17 @@ def test_what_a_later_step_cannot_do_is_said_before_the_first(
 
 
 HALF = dict(space="weight", score="magnitude", sparsity=0.5)
+NEURONS = dict(space="ffn", score="magnitude", keep=0.75, apply="mask")
 TWICE = {  # steps, and how near the zeros are told where they depend on which units go
     "neurons cut, then weights": ([dict(space="ffn", score="wanda", keep=0.75), HALF | {"score": "wanda"}], 0.0),
     "weights, then more of them": ([HALF, HALF | {"sparsity": 0.8}], 0.0),
     "weights, then fewer of them": ([HALF | {"sparsity": 0.8}, HALF], 0.0),
     "weights, then layers cut": ([HALF, dict(space="layer", score="block_influence", keep=2)], 0.0),
     "weights, then neurons cut": ([HALF, dict(space="ffn", score="magnitude", keep=0.75, apply="cut")], 0.02),
-    "weights, then neurons": ([HALF, dict(space="ffn", score="magnitude", keep=0.75, apply="mask")], 0.02),
+    "weights, then neurons": ([HALF, NEURONS], 0.02),
+    "neurons, then weights": ([NEURONS, HALF], 0.0),
+    "neurons, then weights of rows": ([NEURONS, HALF | {"score": "wanda"}], 0.0),
+    "neurons, then 2:4": ([NEURONS, dict(space="weight", score="magnitude", grain="2:4")], 0.02),
     "neurons twice": ([dict(space="ffn", score="magnitude", keep=k, apply="mask") for k in (0.75, 0.5)], 0.0),
 }
 

@@ -87,15 +87,20 @@ def predict(run: _Run, first: Stage) -> Forecast:
 
 @dataclass
 class Zeros:
-    """What masks have made zero, as shares: of tensors by their block and name, of units by theirs and their space's.
-    Shares of what a cut left stay as they were."""
+    """What masks have made zero, as shares: of tensors and their rows by block and name, of units by theirs and their
+    space's. Shares of what a cut left stay as they were."""
 
     tensors: dict[tuple[nn.Module, str], float] = field(default_factory=dict)
+    rows: dict[tuple[nn.Module, str], float] = field(default_factory=dict)
     units: dict[tuple[nn.Module, str], float] = field(default_factory=dict)
 
-    def add(self, module: nn.Module, tensor: str, share: float) -> None:
-        """Weights of a tensor go: those that are zero already are among them, for they rank lowest."""
-        self.tensors[module, tensor] = max(self.tensors.get((module, tensor), 0.0), share)
+    def add(self, module: nn.Module, tensor: str, share: float, within_rows: bool = False) -> None:
+        """Weights of a tensor go: those that are zero already are among them, for they rank lowest; of rows that keep
+        their own shares, in every row that has any left."""
+        was = self.tensors.get((module, tensor), 0.0)
+        gone = self.rows.get((module, tensor), 0.0) if within_rows else 0.0
+        left = max((was - gone) / (1 - gone), share) if gone < 1 else 0.0
+        self.tensors[module, tensor] = gone + (1 - gone) * left
 
     def add_units(self, module: nn.Module, space: Space, share: float) -> None:
         """Units of a space go: those that went already are among them, the others have zeros as the rest has."""
@@ -108,8 +113,10 @@ class Zeros:
                 shape = get_tensor(module, port.tensor).shape
                 along = shape[port.axis] * (1 if port.copy_axis is None else shape[port.copy_axis])
                 more = port.width * space.size * space.copies / along * (share - before) / (1 - before)
-                was = self.tensors.get((module, port.tensor), 0.0)
-                self.tensors[module, port.tensor] = was + more * (1 - was)
+                key = (module, port.tensor)
+                for shares in (self.tensors, self.rows) if port.role == "write" else (self.tensors,):
+                    was = shares.get(key, 0.0)
+                    shares[key] = was + more * (1 - was)
 
     def count(self, model: nn.Module) -> int:
         """Zeros in what is left of a model."""
@@ -181,10 +188,12 @@ def _replayed(stage: Stage, plan: Plan, zeros: Zeros) -> None:
 def _without_weights(stage: Stage, counts: dict[str, int], zeros: Zeros) -> None:
     """Note the zeros of a mask of weights, of a stack's experts together."""
     shares: dict[tuple[int, str], list[float]] = {}
+    within = False
     for info in stage.infos:
         shares.setdefault((info.block, info.kind), []).append(1 - counts[info.name] / info.units)
+        within = info.groups > 1
     for (block, tensor), own in shares.items():
-        zeros.add(stage.blocks[block], tensor, sum(own) / len(own))
+        zeros.add(stage.blocks[block], tensor, sum(own) / len(own), within)
 
 
 def _without_layers(stage: Stage, keep: Tensor, zeros: Zeros) -> None:
