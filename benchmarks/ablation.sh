@@ -58,7 +58,7 @@ way="10% grain=tile:16x16"
 for score in magnitude output_error taylor_block fisher; do
     set -- "$@" "$score $way bf16"
 done
-for budget in atp rate_distortion; do
+for budget in atp rate_distortion rate_distortion:most=10; do # ten: no bound
     set -- "$@" "fisher 10% budget=$budget grain=tile:16x16 bf16"
 done
 run tiles.json "$@" "fisher $way repair=block_reconstruction bf16"

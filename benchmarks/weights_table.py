@@ -202,7 +202,13 @@ def ablation() -> list[str]:
             by.setdefault((way, words["budget"]), {})[words.get("repair", "")] = row
     repairs = ("", "least_squares", "block_reconstruction")
     out = head("choice", "budget", "no repair", *(REPAIRS[r] for r in repairs[1:]))
-    for (way, budget), own in by.items():
+    ways, budgets = list(NAMES), ("uniform", "owl", "atp", "rate_distortion")
+
+    def place(key: tuple[str, str]) -> tuple[int, str, int]:
+        return ways.index(key[0].partition(":")[0]), key[0], budgets.index(key[1])
+
+    for way, budget in sorted(by, key=place):
+        own = by[way, budget]
         out.append(cells(said(way), f"`{budget}`", *(brief(own.get(r)) for r in repairs)))
     return out
 

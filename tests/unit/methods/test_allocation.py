@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 from itertools import product
+from math import inf, nan
 from typing import Literal
 
 import numpy as np
@@ -130,27 +131,29 @@ def test_two_quadratic_curves() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("by", ["score", "output"])
-def test_no_other_allocation_of_tiny_sites_is_better(seed: int, by: Literal["score", "output"]) -> None:
+@pytest.mark.parametrize("most", [inf, 1.5])
+def test_no_other_allocation_of_tiny_sites_is_better(seed: int, by: Literal["score", "output"], most: float) -> None:
     g = torch.Generator().manual_seed(seed)
     units = [5, 7, 4]
     values = [torch.rand(n, generator=g) ** 2 * (i + 1) for i, n in enumerate(units)]
     if seed % 3 == 0:
         values = [(4 * v).round() for v in values]  # ties within and between sites
-    infos, budget = layers(units), RateDistortion(by=by, least=0)
+    infos, budget = layers(units), RateDistortion(by=by, least=0, most=most)
     total = [float(v.sum()) if by == "output" else 1.0 for v in values]
     scaled = [v.double() / t for v, t in zip(values, total, strict=True)]
     for kept in range(17):
         keep = Amount(share=Decimal(kept) / 16)
         got = list(budget.allot(infos, keep, seen(budget, infos, values)).values())
-        every = [c for c in product(*(range(n + 1) for n in units)) if sum(c) == kept]
-        assert sum(got) == kept
+        floors = [int(max(0.0, 1 - most * (1 - kept / 16)) * n) if kept < 16 else n for n in units]
+        every = [c for c in product(*(range(f, n + 1) for f, n in zip(floors, units, strict=True))) if sum(c) == kept]
+        assert sum(got) == kept and all(n >= f for n, f in zip(got, floors, strict=True))
         assert loss(scaled, got) == pytest.approx(min(loss(scaled, c) for c in every), rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_units_of_different_price_lose_at_most_one_unit_more_than_the_best(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    infos, budget = layers([6, 5, 4], costs=[1.0, 2.5, 4.0]), RateDistortion(by="score", least=0)
+    infos, budget = layers([6, 5, 4], costs=[1.0, 2.5, 4.0]), RateDistortion(by="score", least=0, most=inf)
     values = [torch.rand(s.units, generator=g) * s.cost for s in infos]
     largest = max(float(v.max()) for v in values)
     for tenth in range(11):
@@ -220,5 +223,8 @@ def test_distortions_have_names() -> None:
     for least in (1.0, -0.1, True):
         with pytest.raises(SecateurError, match="least"):
             RateDistortion(least=least)
+    for most in (0.9, nan, True):
+        with pytest.raises(SecateurError, match="most"):
+            RateDistortion(most=most)
     with pytest.raises(SecateurError, match="not finite"):
         Curve.of(torch.tensor([1.0, torch.nan]))
