@@ -20,8 +20,8 @@ Source: the slope condition is Shoham and Gersho 1988, IEEE Trans. ASSP 36(9), "
 arbitrary set of quantizers"; for tiles of transformers Xu et al. 2024 (LPViT), arXiv 2407.02068, by the released code
 (the paper was not read). Deviations: lambda is not searched for but is an order statistic of slopes; the published
 code measures each curve by pruning at many levels and smooths it, here errors of single units are added up, so what
-two units lose together is not seen. The curves assume that what costs least goes first, which is exact where the step
-ranks by the same score (and for `wanda` within rows), and a guess elsewhere.
+two units lose together is not seen; `least` and `most` are ours. The curves assume that what costs least goes first,
+which is exact where the step ranks by the same score (and for `wanda` within rows), and a guess elsewhere.
 
 Measured on SmolLM2 (`benchmarks/results/allocation.json`; Wanda 60 %): uniform 61.9, by loss 46.3, by output 88.9, by
 Wanda's own score 18,314. A matrix's own error, even a relative one, hardly sees the other weights where one input
