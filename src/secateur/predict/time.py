@@ -25,7 +25,7 @@ from secateur.measure.size import TOP_K
 from secateur.methods.base import Amount
 from secateur.methods.budgets.evopress import EvoPress
 from secateur.methods.repairs.least_squares import LeastSquares
-from secateur.methods.repairs.local_reconstruction import WITNESSES, LocalReconstruction
+from secateur.methods.repairs.local_reconstruction import WITNESSES, LocalReconstruction, paces
 from secateur.methods.sites import block_matrices
 from secateur.parts import Parts, parts_of
 from secateur.predict.memory import head_macs, inputs, pruned, share_of, vocabulary
@@ -187,7 +187,8 @@ def _mend(run: _Run, first: Stage, parts: Parts, own: int, at: Speed) -> float:
     if isinstance(parts.repair, LocalReconstruction):  # notes inputs and targets, looks twice at the error, descends
         noted = 0 if parts.repair.whole else 3
         seen = 2 * min(1.0, WITNESSES / run.recipe.text.samples)
-        passes += noted + seen + 3 * parts.repair.passes * at.fitted / at.product + (0 if parts.needs else 1)
+        taken = len(paces(parts.repair.passes * run.recipe.text.samples)) / run.recipe.text.samples
+        passes += noted + seen + 3 * taken * at.fitted / at.product + (0 if parts.needs else 1)
     work, step = Work(), first.step
     for block in first.anatomy.blocks if step.space != "layer" else ():
         for g in pruned(block, step):

@@ -17,7 +17,7 @@ result is kept only if the error over up to eight windows of the text fell.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from math import cos, pi
 from typing import Any
 
@@ -94,10 +94,7 @@ class LocalReconstruction(PartRepair):
             w.requires_grad_(True)
         passes = (torch.randperm(part.examples, generator=part.generator).tolist() for _ in range(self.passes))
         try:
-            for done, i in enumerate(chain.from_iterable(passes)):
-                pace = 0.5 * (1 + cos(pi * done / steps))
-                if pace < SHORTEST:
-                    break
+            for pace, i in zip(paces(steps), chain.from_iterable(passes), strict=False):
                 for group, first in zip(adam.param_groups, rates, strict=True):
                     group["lr"] = first * pace
                 adam.zero_grad(set_to_none=True)
@@ -113,6 +110,12 @@ class LocalReconstruction(PartRepair):
             for w in part.weights.values():
                 w.requires_grad_(False)
                 w.grad = None
+
+
+def paces(steps: int) -> list[float]:
+    """Lengths of the steps that are taken of `steps`, as shares of the first: a cosine decay without its end."""
+    decay = (0.5 * (1 + cos(pi * done / steps)) for done in range(steps))
+    return list(takewhile(lambda pace: pace >= SHORTEST, decay))
 
 
 def relative(answer: Tensor, target: Tensor) -> Tensor:
