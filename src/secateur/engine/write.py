@@ -29,6 +29,7 @@ from secateur.errors import SecateurError
 
 LARGEST_SINGLE = 5 * 10**9  # bytes; larger checkpoints keep one file per block
 CHUNK = 16 * 2**20
+MOUNTS = Path("/proc/self/mountinfo")  # Linux; elsewhere there is none
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -161,7 +162,7 @@ def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
         raise SecateurError("the output would lie inside the input", received=str(out), works="give another directory")
     if out.is_file() or (out.is_symlink() and not out.exists()):
         raise SecateurError("the output is not a directory", received=str(out), works="give another name")
-    if out.is_symlink() or os.path.ismount(out) or out.name in ("", ".."):
+    if out.is_symlink() or _mounted(out) or out.name in ("", ".."):
         raise SecateurError(
             "the result cannot be moved to a link, a mount point or a place without a name of its own",
             received=str(out),
@@ -186,6 +187,18 @@ def check_out(out: Path, source: Path | None, overwrite: bool) -> None:
         probe = out.parent / f".{out.name}.secateur-probe"
         probe.touch()
         probe.unlink(missing_ok=True)  # another process of the same run may have been faster
+
+
+def _mounted(path: Path) -> bool:
+    """Whether something is mounted on a path. Of a bind mount on the same device only Linux's own table knows."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = MOUNTS.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return False
+    points = {re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines}
+    return str(path.resolve()) in points
 
 
 def publish(ready: Path, out: Path, overwrite: bool = False) -> None:
