@@ -66,7 +66,7 @@ SMALL = """Perplexity and KL at 60 % on a quarter of the protocol (16 x 1,024 ca
 FITTED = """The same by whose activations layers are fitted on (`--fit-on`): the dense model's, the pruned one's, or the
 pruned one's inputs with outputs a share of the way to the dense one's (`mix`: a quarter)."""
 TEXTS = """Perplexity on WikiText-2 on the same quarter of the protocol, calibrated on C4 or on the builtin text
-(Python's help topics):"""
+(Python's help topics). Of the seeds 0, 1, 2 the other tables have the first."""
 
 COST = """CPU seconds to prune half of a random matrix's weights (outputs x inputs), in one thread, X^T X given.
 Factorising it grows with the cube of the width; cubic work for every row would be a power of 4. In brackets what
@@ -230,7 +230,7 @@ def fits() -> list[str]:
 
 def sensitivity() -> list[str]:
     by: dict[str, dict[str, list[float]]] = {}
-    for name, row in read("sensitivity.json")["rows"].items():
+    for name, row in sorted(read("sensitivity.json")["rows"].items(), key=lambda item: item[0].partition("seed=")[2]):
         kept = [w for w in name.split() if w != "bf16" and not w.startswith(("seed=", "text="))]
         text = "builtin" if "text=builtin" in name else "C4"
         by.setdefault(" ".join(kept), {}).setdefault(text, []).append(row["perplexity"])
