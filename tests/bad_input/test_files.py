@@ -355,22 +355,23 @@ def test_outputs_that_must_not_be_written(pristine: Path, tmp_path: Path) -> Non
 
 def test_outputs_that_a_directory_cannot_be_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before the work, not where the result is published."""
-    for name in ("empty", "ours", "volume", "a bind"):
+    bind = "a\r\fbind \u2028"  # of these /proc escapes the space only
+    for name in ("empty", "ours", "volume", bind):
         (tmp_path / name).mkdir()
     (tmp_path / "ours" / "secateur.json").write_text("{}")
     links = [tmp_path / "link to empty", tmp_path / "link to ours"]
     links[0].symlink_to(tmp_path / "empty")
     links[1].symlink_to(tmp_path / "ours")
     monkeypatch.setattr(write.os.path, "ismount", lambda path: Path(path).name == "volume")
-    bound = str(tmp_path.resolve() / "a bind").replace(" ", r"\040")
-    (tmp_path / "mounts").write_text(f"22 1 8:1 / / rw\n63 43 8:1 /a {bound} rw - ext4 sda rw\n")
+    bound = str(tmp_path.resolve() / bind).replace(" ", r"\040")
+    (tmp_path / "mounts").write_text(f"22 1 8:1 / / rw\n63 43 8:1 /a {bound} rw - ext4 sda rw\n", newline="")
     monkeypatch.setattr(write, "MOUNTS", tmp_path / "mounts")
     monkeypatch.chdir(tmp_path / "empty")
-    for out in (*links, tmp_path / "volume", tmp_path / "a bind", Path("."), Path(".."), tmp_path / "empty" / ".."):
+    for out in (*links, tmp_path / "volume", tmp_path / bind, Path("."), Path(".."), tmp_path / "empty" / ".."):
         with pytest.raises(SecateurError, match="the name of a new directory"):
             check_out(out, None, True)
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(
-        [*(p.name for p in links), "a bind", "empty", "mounts", "ours", "secateur.json", "volume"]
+        [*(p.name for p in links), bind, "empty", "mounts", "ours", "secateur.json", "volume"]
     )
     check_out(tmp_path / "empty", None, False)
 
